@@ -1,0 +1,118 @@
+"""Megatron's BackendSpecProvider in plain torch, and how it takes Transformer Engine's place."""
+
+import sys
+from functools import partial
+from typing import Any
+
+from megatron.bridge.models.conversion.param_mapping import AutoMapping
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+
+from megatrain_kernels.torch_backend.core_attention import TorchCoreAttention
+from megatrain_kernels.torch_backend.linears import (
+    TorchColumnParallelGroupedLinear,
+    TorchLinear,
+    TorchRowParallelGroupedLinear,
+)
+from megatrain_kernels.torch_backend.norms import TorchLayerNormColumnParallelLinear, TorchNorm
+
+REPLACEMENTS: dict[str, type] = {
+    "TENorm": TorchNorm,
+    "TELayerNormColumnParallelLinear": TorchLayerNormColumnParallelLinear,
+    "TEColumnParallelLinear": ColumnParallelLinear,
+    "TERowParallelLinear": RowParallelLinear,
+    "TEDotProductAttention": TorchCoreAttention,
+    "TELinear": TorchLinear,
+    "TEColumnParallelGroupedLinear": TorchColumnParallelGroupedLinear,
+    "TERowParallelGroupedLinear": TorchRowParallelGroupedLinear,
+    "LayerNormImpl": TorchNorm,
+    "LNImpl": TorchNorm,
+    "WrappedTorchNorm": TorchNorm,
+}
+"""What stands for each of Transformer Engine's classes where a specification names it."""
+
+PARALLELISM = {
+    "TorchColumnParallelGroupedLinear": "column",
+    "TorchRowParallelGroupedLinear": "row",
+    "TorchCoreAttention": "column",
+    "TorchLinear": "replicated",
+}
+"""How Bridge is to split each class's parameters; classes with Norm in their name it knows."""
+
+
+class TorchSpecProvider(BackendSpecProvider):
+    """The same modules as TESpecProvider, in plain torch."""
+
+    def linear(self) -> type:
+        """Return the linear that is the same on every TP rank."""
+        return TorchLinear
+
+    def column_parallel_linear(self) -> type:
+        """Return Megatron's own."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Return Megatron's own."""
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Return True: names of parameters are those of the fused layer."""
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        """Return the norm and column-parallel linear in one."""
+        return TorchLayerNormColumnParallelLinear
+
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> Any:
+        """Return the norm; which kind is in the model's configuration."""
+        return TorchNorm
+
+    def core_attention(self) -> type:
+        """Return attention over SDPA."""
+        return TorchCoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        """Return Megatron's grouped experts over our grouped linears."""
+        linears = GroupedMLPSubmodules(
+            linear_fc1=TorchColumnParallelGroupedLinear,
+            linear_fc2=TorchRowParallelGroupedLinear,
+            activation_func=None,
+        )
+        return partial(TEGroupedMLP, submodules=linears)
+
+    def activation_func(self) -> None:
+        """Return None: the activation is the configuration's own function."""
+        return
+
+
+SPEC_MODULES = (
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs",
+    "megatron.core.models.gpt.moe_module_specs",
+    "megatron.core.transformer.multi_token_prediction",
+)
+"""Where Megatron builds specifications with TESpecProvider."""
+
+
+def use_torch_backend() -> None:
+    """Make every specification that would use Transformer Engine use plain torch.
+
+    Megatron names Transformer Engine's classes in module globals; those are what changes.
+    Nothing outside megatron's modules does.
+    """
+    for name in SPEC_MODULES:
+        module = sys.modules.get(name)
+        if module is not None:
+            module.__dict__["TESpecProvider"] = TorchSpecProvider
+            if "HAVE_TE" in module.__dict__:
+                module.__dict__["HAVE_TE"] = True
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and module is not None:
+            for old, new in REPLACEMENTS.items():
+                if old in module.__dict__:
+                    module.__dict__[old] = new
+    for name, parallelism in PARALLELISM.items():
+        AutoMapping.register_module_type(name, parallelism)

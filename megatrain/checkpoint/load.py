@@ -1,0 +1,131 @@
+"""Fill a model that is spread over ranks from safetensors: each rank reads its own slices.
+
+Memory beyond the parameters: one part of one fused parameter at a time.  A mapping that is more
+than a split and a permutation of rows (dequantisation, expert tensors of three dimensions) is run
+whole, without communication, one parameter at a time.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatrain.checkpoint.names import LocalParameter, ParameterTable, Part, Rows, parallel_kind
+from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
+from megatrain.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def load_parameters(table: ParameterTable, source: SafetensorsFolder) -> None:
+    """Read every parameter of this rank.  No communication.
+
+    Raises CheckpointError for a missing tensor, a wrong shape, or a shard that cannot be read.
+    """
+    show = table.groups.rank == 0 and len(source) > 1000
+    for parameter in tqdm(table.parameters, desc="loading", disable=not show):
+        _load(table, parameter, source)
+
+
+def _load(table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder) -> None:
+    kind = parallel_kind(parameter)
+    if kind == "special" or _rewrites_weights(table):
+        value = _convert(table, parameter, source)
+        _check_shape(parameter, tuple(value.shape), tuple(parameter.parameter.shape))
+        parameter.parameter.copy_(value)
+    elif kind == "column":
+        _read_rows(table, parameter, source)
+    else:
+        _read_whole_or_columns(table, parameter, source, kind)
+
+
+def _convert(
+    table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder
+) -> torch.Tensor:
+    try:
+        return table.convert(parameter, source)
+    except (KeyError, ValueError, AssertionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot convert {table.hf_names(parameter)} to {parameter.global_name}: {error}"
+        ) from error
+
+
+def _rewrites_weights(table: ParameterTable) -> bool:
+    from megatron.bridge.models.conversion.model_bridge import (  # noqa: PLC0415 - patched first
+        MegatronModelBridge,
+    )
+
+    theirs = type(table._bridge).maybe_modify_loaded_hf_weight
+    return theirs is not MegatronModelBridge.maybe_modify_loaded_hf_weight
+
+
+def _read_rows(table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder) -> None:
+    """Fill a column-parallel parameter from row ranges of its parts."""
+    names = table.hf_names(parameter)
+    shapes = [source.shape(name) for name in names]
+    target = parameter.parameter
+    for name, shape in zip(names, shapes, strict=True):
+        _check_shape(parameter, shape[1:], tuple(target.shape[1:]), name)
+    _, size = table.tp_place(parameter)
+    total, padding = sum(shape[0] for shape in shapes), target.shape[0] * size
+    padded = "word_embeddings" in parameter.global_name or "output_layer" in parameter.global_name
+    if total != padding and not (padded and total < padding):
+        raise CheckpointError(
+            f"{', '.join(names)}: {total} rows, but {parameter.global_name} has {padding}",
+            hint="the checkpoint does not fit its config.json",
+        )
+    if total < padding:
+        target.zero_()
+    for part in table.parts(parameter, [shape[0] for shape in shapes]):
+        _copy_runs(target, part, source)
+
+
+def _copy_runs(target: torch.Tensor, part: Part, source: SafetensorsFolder) -> None:
+    view: Any = source.slice(part.hf_name)
+    for start, stop in _runs(part.rows, part.places):
+        rows = slice(int(part.rows[start]), int(part.rows[stop - 1]) + 1)
+        place = int(part.places[start])
+        target[place : place + stop - start].copy_(view[rows])
+
+
+def _runs(rows: Rows, places: Rows) -> list[tuple[int, int]]:
+    """Cut an index into runs that are consecutive on both sides."""
+    if not len(rows):
+        return []
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(places) != 1)) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _read_whole_or_columns(
+    table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder, kind: str
+) -> None:
+    (name,) = table.hf_names(parameter)
+    target, shape = parameter.parameter, source.shape(name)
+    if kind == "row" and target.dim() == 2:
+        rank, size = table.tp_place(parameter)
+        width = target.shape[1]
+        _check_shape(parameter, shape, (target.shape[0], width * size), name)
+        target.copy_(source.slice(name)[:, rank * width : (rank + 1) * width])
+        return
+    _check_shape(parameter, shape, tuple(target.shape), name)
+    target.copy_(source[name])
+
+
+def _check_shape(
+    parameter: LocalParameter,
+    found: tuple[int, ...],
+    expected: tuple[int, ...],
+    name: str | None = None,
+) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{name or parameter.mapping.hf_param} has shape {found}, but {parameter.global_name} "
+            f"needs {expected}",
+            hint="the checkpoint does not fit its config.json",
+        )

@@ -1,0 +1,233 @@
+"""The one table of names: which Megatron parameter is which Hugging Face parameter, and which rows.
+
+AutoBridge's mapping registry is the source.  Loading, LoRA targets and PEFT names derive from it.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.bridge.models.conversion.param_mapping import (
+    AutoMapping,
+    ColumnParallelMapping,
+    GatedMLPMapping,
+    MegatronParamMapping,
+    QKVMapping,
+    ReplicatedMapping,
+    RowParallelMapping,
+    merge_qkv_biases,
+)
+
+from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
+from megatrain.errors import CheckpointError
+from megatrain.parallel.groups import Groups
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParameter:
+    """A parameter of this rank, its name in the whole model, and its mapping."""
+
+    chunk: int
+    """Index of the model chunk (virtual pipeline stage) that holds it."""
+    local_name: str
+    global_name: str
+    """With layers and experts numbered over all ranks."""
+    module: torch.nn.Module
+    parameter: torch.nn.Parameter
+    mapping: Any
+    """A resolved mapping of megatron-bridge."""
+
+    @property
+    def is_expert(self) -> bool:
+        """Tell whether it belongs to one routed expert."""
+        return bool(self.mapping.is_expert)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One Hugging Face parameter inside a (possibly fused) Megatron parameter."""
+
+    hf_name: str
+    rows: Rows
+    """For each local row that belongs to this part, in order: its row in the Hugging Face
+    parameter."""
+    places: Rows
+    """Where those rows are in the local Megatron parameter."""
+
+
+class _Alone:
+    """A process group of which this rank is, for a mapping's eyes, the first."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+def parallel_kind(parameter: LocalParameter) -> str:
+    """Return column, row or replicated as AutoMapping sees the module, or `special`."""
+    mapping = parameter.mapping
+    exact = {
+        ColumnParallelMapping: "column",
+        QKVMapping: "column",
+        GatedMLPMapping: "column",
+        RowParallelMapping: "row",
+        ReplicatedMapping: "replicated",
+    }
+    if type(mapping) in exact:
+        return exact[type(mapping)]
+    if type(mapping) is AutoMapping and mapping.permute_dims is None:
+        return str(mapping._detect_parallelism_type(parameter.module))
+    return "special"
+
+
+class ParameterTable:
+    """Every parameter of this rank's model chunks with its mapping.  No communication."""
+
+    def __init__(
+        self, auto_bridge: Any, chunks: Sequence[torch.nn.Module], groups: Groups
+    ) -> None:
+        self.groups = groups
+        self._config = chunks[0].config
+        self._bridge = auto_bridge._model_bridge
+        self._bridge.hf_pretrained = auto_bridge.hf_pretrained
+        self._bridge.hf_config = getattr(
+            auto_bridge.hf_pretrained, "config", auto_bridge.hf_pretrained
+        )
+        self._registry = self._bridge.mapping_registry()
+        self._registry.set_process_groups_from_pg_collection(
+            SimpleNamespace(
+                tp=_Alone(groups.mesh.tp),
+                expt_tp=_Alone(groups.mesh.etp),
+                pp=_Alone(1),
+                ep=_Alone(1),
+            )
+        )
+        self.parameters = [p for i, chunk in enumerate(chunks) for p in self._of_chunk(i, chunk)]
+
+    def _of_chunk(self, index: int, chunk: torch.nn.Module) -> Iterator[LocalParameter]:
+        tied = getattr(chunk, "share_embeddings_and_output_weights", False)
+        modules = dict(chunk.named_modules())
+        for local_name, parameter in chunk.named_parameters():
+            if tied and local_name == "output_layer.weight":
+                local_name_in_table = "embedding.word_embeddings.weight"
+            else:
+                local_name_in_table = local_name
+            module = modules[local_name.rpartition(".")[0]]
+            if not hasattr(module, "config"):
+                module.config = self._config
+            global_name = self._global_name(local_name_in_table, modules)
+            mapping = self._registry.megatron_to_hf_lookup(global_name)
+            if mapping is None:
+                raise CheckpointError(
+                    f"{type(self._bridge).__name__} maps no Hugging Face parameter to "
+                    f"{global_name!r}",
+                    hint="the family's bridge is incomplete; see bridges/README.md",
+                )
+            yield LocalParameter(index, local_name, global_name, module, parameter, mapping)
+
+    def _global_name(self, name: str, modules: dict[str, torch.nn.Module]) -> str:
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if layer:
+            number = modules[layer.group(0)[:-1]].layer_number - 1
+            name = f"decoder.layers.{number}.{name[layer.end():]}"
+        expert = re.search(r"\.experts\.linear_fc[12]\.(weight|bias)(\d+)$", name)
+        if expert:
+            mesh, collection = self.groups.mesh, self.groups.collection
+            first = collection.ep.rank() * (self._config.num_moe_experts // mesh.ep)
+            name = f"{name[:expert.start(2)]}{first + int(expert.group(2))}"
+        return name
+
+    def tp_place(self, parameter: LocalParameter) -> tuple[int, int]:
+        """Return (rank, size) of the tensor parallel group that splits this parameter."""
+        group = self.groups.expert_tp if parameter.is_expert else self.groups.tp
+        return group.rank(), group.size()
+
+    def hf_names(self, parameter: LocalParameter) -> list[str]:
+        """Return the Hugging Face parameters that are fused into this one, in mapping order."""
+        names = parameter.mapping.hf_param
+        return [names] if isinstance(names, str) else list(names.values())
+
+    def parts(self, parameter: LocalParameter, sizes: Sequence[int]) -> list[Part]:
+        """Tell where each row of a column-parallel parameter comes from.
+
+        `sizes` are the out-features of each Hugging Face parameter, in the order of hf_names.  The
+        mapping itself is run on row numbers, so what it does to a bias is the answer.
+        """
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        labels = [torch.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        fused_rows = self._fuse(parameter, labels).numpy()
+        result = []
+        for index, name in enumerate(self.hf_names(parameter)):
+            first, end = starts[index], starts[index + 1]
+            places = np.flatnonzero((fused_rows >= first) & (fused_rows < end))
+            result.append(Part(name, fused_rows[places] - first, places))
+        return result
+
+    def _fuse(self, parameter: LocalParameter, labels: list[torch.Tensor]) -> torch.Tensor:
+        """Return which label each local row gets; -1 for padding."""
+        mapping = parameter.mapping
+        rank, size = self.tp_place(parameter)
+        if isinstance(mapping, GatedMLPMapping):
+            given = dict(zip(mapping.hf_param, labels, strict=True))
+            return self._run_mapping(parameter, given, dtype=torch.int64)
+        whole = labels[0]
+        if isinstance(mapping, QKVMapping):
+            whole = merge_qkv_biases(self._config, *labels)
+        return _rows_of_rank(whole, rank, size, parameter.parameter.shape[0])
+
+    def convert(self, parameter: LocalParameter, source: SafetensorsFolder) -> torch.Tensor:
+        """Return this rank's value of any parameter by running its mapping on whole tensors."""
+        weights = self._bridge.maybe_modify_loaded_hf_weight(parameter.mapping.hf_param, source)
+        return self._run_mapping(parameter, weights, dtype=parameter.parameter.dtype)
+
+    def _run_mapping(
+        self, parameter: LocalParameter, weights: Any, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        rank, _ = self.tp_place(parameter)
+        with _every_rank_is_the_first(rank, dtype):
+            result: torch.Tensor = parameter.mapping.hf_to_megatron(weights, parameter.module)
+        return result
+
+
+def _rows_of_rank(labels: torch.Tensor, rank: int, size: int, rows: int) -> torch.Tensor:
+    """Return labels of rows [rank * rows, (rank + 1) * rows); -1 for rows that are padding."""
+    padded = torch.full((rows * size,), -1)
+    padded[: labels.shape[0]] = labels
+    return padded[rank * rows : (rank + 1) * rows]
+
+
+@contextlib.contextmanager
+def _every_rank_is_the_first(rank: int, dtype: torch.dtype) -> Iterator[None]:
+    """Let a mapping run without communication: it scatters to itself and keeps its own split."""
+
+    def scatter(
+        self: Any, splits: Any, output_shape: Any, dtype_: Any, device: Any, src_rank: int = 0
+    ) -> torch.Tensor:
+        split: torch.Tensor = splits[rank]
+        return split if split.dtype == torch.int64 else split.to(device=device, dtype=dtype)
+
+    def broadcast(self: Any, tensor: torch.Tensor, src_rank: int = 0) -> torch.Tensor:
+        return tensor
+
+    old_scatter = MegatronParamMapping.scatter_to_tp_ranks
+    old_broadcast = MegatronParamMapping.broadcast_tensor_to_tp_ranks
+    MegatronParamMapping.scatter_to_tp_ranks = scatter
+    MegatronParamMapping.broadcast_tensor_to_tp_ranks = broadcast
+    try:
+        yield
+    finally:
+        MegatronParamMapping.scatter_to_tp_ranks = old_scatter
+        MegatronParamMapping.broadcast_tensor_to_tp_ranks = old_broadcast

@@ -1,0 +1,96 @@
+"""A folder of safetensors files as one mapping from names to tensors, read lazily and in slices."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatrain.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsFolder(Mapping[str, torch.Tensor]):
+    """Tensors of a Hugging Face checkpoint.  Files are mapped, not read; nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self._files = self._read_index()
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return self._from_index(index)
+        names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if not names:
+            raise CheckpointError(
+                f"no *.safetensors in {self.folder}",
+                hint="convert pickled weights with save_pretrained(safe_serialization=True)",
+            )
+        return {key: name for name in names for key in self._file(name).keys()}  # noqa: SIM118
+
+    def _from_index(self, index: Path) -> dict[str, str]:
+        try:
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"not a safetensors index: {index}: {error}") from error
+        missing = sorted(
+            name for name in set(files.values()) if not (self.folder / Path(name).name).is_file()
+        )
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} shard(s) named by {index} are missing: {', '.join(missing[:5])}",
+                hint="download the checkpoint again",
+            )
+        return files
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self.folder / Path(name).name
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"cannot read shard {path}: {error}", hint="download it again"
+                ) from error
+        return self._open[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._files
+
+    def slice(self, key: str) -> Any:
+        """Return a lazy view: `.get_shape()`, and indexing reads just that part."""
+        if key not in self._files:
+            raise CheckpointError(
+                f"no tensor {key!r} in {self.folder}",
+                hint="the checkpoint does not fit its config.json",
+            )
+        try:
+            return self._file(self._files[key]).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"shard {self._files[key]} of {self.folder} lacks {key!r}: {error}",
+                hint="the index and the shards do not belong together",
+            ) from error
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self.slice(key).get_shape())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        view: torch.Tensor = self.slice(key)[...] if self.shape(key) else self._scalar(key)
+        return view
+
+    def _scalar(self, key: str) -> torch.Tensor:
+        value: torch.Tensor = self._file(self._files[key]).get_tensor(key)
+        return value

@@ -1,0 +1,1 @@
+"""Every knob once, checked when it is set.  No torch."""

@@ -1,0 +1,24 @@
+"""How a model is held and run: precision, back end, recomputation, sizes of micro-batches."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
+
+
+class ModelConfig(BaseModel):
+    """Options of MegatronModel that do not depend on an adapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Type of parameters and activations; `no` is float32.  Master weights are float32 always."""
+    backend: Literal["auto", "torch", "te"] = "auto"
+    """Layers in plain torch, or Transformer Engine's; auto takes the latter where it can run."""
+    recompute: bool = False
+    """Recompute each layer's activations in backward: less memory, a third more work."""
+    max_tokens_per_microbatch: PositiveInt | None = None
+    """Token budget of a packed micro-batch (before CP splits it).  A longer datum is alone."""
+    micro_batch_size: PositiveInt | None = None
+    """Data in a micro-batch, instead of a token budget."""
+    router_aux_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the routers' load-balancing loss; 0 leaves it out."""

@@ -1,0 +1,68 @@
+"""Every error that a user can meet.  A message states the rule, the values and the way out.
+
+MegatrainError
+├── ConfigError (ValueError)          an option, or a combination of options, that cannot work
+│   └── LayoutError                   sizes of TP, PP, CP, EP, ETP, DP that do not fit together
+├── DataError (ValueError)            a batch that cannot be trained on
+├── CheckpointError (ValueError)      a checkpoint that cannot be read as what it claims to be
+│   └── UnknownFamilyError            no bridge for this architecture
+├── ExportError (ValueError)          a file that does not hold what was trained
+├── StateError (RuntimeError)         a call that does not fit what was called before
+├── NonFiniteError (ArithmeticError)  a loss or gradient that is not a number
+└── PlatformError (RuntimeError)      the machine lacks something that was asked for
+
+Each one is also a standard exception, so that a caller who knows nothing of megatrain can catch it.
+"""
+
+
+class MegatrainError(Exception):
+    """Base of all errors raised on purpose.  `hint` is the way out, shown on a line of its own."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(message if hint is None else f"{message}\nhint: {hint}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the hint when the error travels between processes."""
+        return _rebuild, (type(self), self.message, self.hint)
+
+
+def _rebuild(kind: type[MegatrainError], message: str, hint: str | None) -> MegatrainError:
+    return kind(message, hint=hint)
+
+
+class ConfigError(MegatrainError, ValueError):
+    """An option, or a combination of options, cannot work."""
+
+
+class LayoutError(ConfigError):
+    """Sizes of TP, PP, CP, EP, ETP and DP do not fit together, the model, or the world."""
+
+
+class DataError(MegatrainError, ValueError):
+    """A batch cannot be trained on."""
+
+
+class CheckpointError(MegatrainError, ValueError):
+    """A checkpoint cannot be read as what it claims to be."""
+
+
+class UnknownFamilyError(CheckpointError):
+    """No bridge is registered for this architecture."""
+
+
+class ExportError(MegatrainError, ValueError):
+    """A written file does not hold what was trained."""
+
+
+class StateError(MegatrainError, RuntimeError):
+    """A call does not fit what was called before."""
+
+
+class NonFiniteError(MegatrainError, ArithmeticError):
+    """A loss or a gradient is not a finite number."""
+
+
+class PlatformError(MegatrainError, RuntimeError):
+    """The machine lacks something that was asked for."""

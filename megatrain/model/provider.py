@@ -1,0 +1,123 @@
+"""From a Hugging Face configuration to Megatron's description of the same model."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.config.model import ModelConfig
+from megatrain.errors import ConfigError, UnknownFamilyError
+from megatrain.parallel.groups import Groups, check_model
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+UNFUSED = (
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "bias_dropout_fusion",
+    "bias_activation_fusion",
+    "cross_entropy_loss_fusion",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "apply_rope_fusion",
+)
+"""Fusions that need Transformer Engine, apex or a compiler; the torch back end has none of them."""
+
+
+def choose_backend(wanted: str) -> str:
+    """Return torch or te for auto, torch or te.  Raises ConfigError if te is not installed."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "te" and not (installed and torch.cuda.is_available()):
+        raise ConfigError(
+            "backend 'te' needs Transformer Engine and a CUDA device: "
+            f"installed={installed}, cuda={torch.cuda.is_available()}",
+            hint="pip install transformer-engine[pytorch], or use backend 'torch'",
+        )
+    if wanted == "auto":
+        return "te" if installed and torch.cuda.is_available() else "torch"
+    return wanted
+
+
+def make_bridge(folder: Path) -> Any:
+    """Return the AutoBridge of a checkpoint folder.  Raises UnknownFamilyError."""
+    from megatron.bridge import AutoBridge  # noqa: PLC0415 - patched first
+
+    try:
+        return AutoBridge.from_hf_pretrained(str(folder))
+    except ValueError as error:
+        raise UnknownFamilyError(
+            f"no bridge for the checkpoint in {folder}: {str(error).splitlines()[0]}",
+            hint="see bridges/README.md for how to add a family",
+        ) from error
+
+
+def make_provider(bridge: Any, config: ModelConfig, groups: Groups) -> Any:
+    """Return a finalized provider for this layout and precision.
+
+    Raises LayoutError when the model does not fit the mesh.
+    """
+    provider = bridge.to_megatron_provider(load_weights=False)
+    check_model(groups.mesh, provider)
+    _set_layout(provider, groups)
+    _set_precision(provider, DTYPES[config.mixed_precision])
+    _set_training(provider, config)
+    backend = choose_backend(config.backend)
+    if backend == "torch":
+        _set_torch_backend(provider)
+    provider.finalize()
+    provider._pg_collection = groups.collection
+    return provider
+
+
+def _set_layout(provider: Any, groups: Groups) -> None:
+    mesh = groups.mesh
+    provider.tensor_model_parallel_size = mesh.tp
+    provider.sequence_parallel = mesh.tp > 1
+    provider.pipeline_model_parallel_size = mesh.pp
+    provider.virtual_pipeline_model_parallel_size = mesh.vpp if mesh.vpp > 1 else None
+    provider.context_parallel_size = mesh.cp
+    provider.expert_model_parallel_size = mesh.ep
+    provider.expert_tensor_parallel_size = mesh.etp
+    provider.should_pad_vocab = True
+    provider.make_vocab_size_divisible_by = 1
+    # Packed micro-batches have different lengths: stages tell each other the shape first.
+    provider.variable_seq_lengths = True
+
+
+def _set_precision(provider: Any, dtype: torch.dtype) -> None:
+    provider.params_dtype = dtype
+    provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    provider.pipeline_dtype = provider.autocast_dtype = dtype
+    provider.enable_autocast = False
+
+
+def _set_training(provider: Any, config: ModelConfig) -> None:
+    provider.perform_initialization = False
+    provider.attention_dropout = provider.hidden_dropout = 0.0
+    provider.calculate_per_token_loss = True
+    provider.moe_token_dispatcher_type = "alltoall"
+    provider.moe_aux_loss_coeff = config.router_aux_loss_coef
+    provider.moe_router_load_balancing_type = "aux_loss" if config.router_aux_loss_coef else "none"
+    if provider.num_moe_experts:
+        provider.moe_grouped_gemm = True
+    if config.recompute:
+        provider.recompute_granularity = "full"
+        provider.recompute_method, provider.recompute_num_layers = "uniform", 1
+    provider.mtp_num_layers = None
+
+
+def _set_torch_backend(provider: Any) -> None:
+    from megatron.core.transformer.enums import AttnBackend  # noqa: PLC0415 - patched first
+
+    from megatrain_kernels.torch_backend.provider import use_torch_backend  # noqa: PLC0415
+
+    use_torch_backend()
+    provider.attention_backend = AttnBackend.auto
+    provider.persist_layer_norm = False
+    for name in UNFUSED:
+        if hasattr(provider, name):
+            setattr(provider, name, False)

@@ -1,0 +1,175 @@
+"""The process groups of a rank.  The only file that reads Megatron's global parallel_state."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatrain.errors import LayoutError, StateError
+from megatrain.parallel.layout import DeviceMesh
+from megatrain.platforms.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Where this rank is, and with whom it talks."""
+
+    mesh: DeviceMesh
+    rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+    """All ranks, over Gloo, for tensors on the CPU."""
+    collection: Any
+    """Megatron's ProcessGroupCollection of the same ranks."""
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        """Tensor parallel ranks."""
+        return self.collection.tp
+
+    @property
+    def expert_tp(self) -> dist.ProcessGroup:
+        """Tensor parallel ranks inside an expert."""
+        return self.collection.expt_tp
+
+    @property
+    def data(self) -> dist.ProcessGroup:
+        """Ranks that hold the same dense parameters and see other tokens: DP and CP together."""
+        return self.collection.dp_cp
+
+    @property
+    def expert_data(self) -> dist.ProcessGroup:
+        """Ranks that hold the same experts and see other tokens."""
+        return self.collection.expt_dp
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Tell whether this rank holds the last pipeline stage."""
+        return bool(self.collection.pp.rank() == self.mesh.pp - 1)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Tell whether this rank holds the first pipeline stage."""
+        return bool(self.collection.pp.rank() == 0)
+
+
+def init_groups(
+    mesh: DeviceMesh,
+    platform: Platform,
+    *,
+    seed: int = 42,
+    timeout_s: float = 1800.0,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Groups:
+    """Join the other ranks and make every group of the mesh.  Collective over the world.
+
+    Rank and world size come from torchrun's environment unless given with a `store`; without
+    either, this process is alone.  Raises LayoutError when the mesh does not cover the world.
+    """
+    from megatron.core import parallel_state, tensor_parallel  # noqa: PLC0415 - patched first
+    from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: PLC0415
+
+    if dist.is_initialized():
+        raise StateError("the process groups are already there; call megatrain.shutdown() first")
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    mesh.check_world(world_size)
+    device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=timeout_s)
+    _join(platform.collective_backend, rank, world_size, store, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
+        context_parallel_size=mesh.cp,
+        expert_model_parallel_size=mesh.ep,
+        expert_tensor_parallel_size=mesh.etp,
+        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    control = dist.group.WORLD
+    if platform.collective_backend != "gloo":
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(mesh=mesh, rank=rank, device=device, control=control, collection=collection)
+
+
+def _join(
+    backend: str, rank: int, world_size: int, store: dist.Store | None, timeout: timedelta
+) -> None:
+    if store is None and world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    if backend == "gloo" and _all_ranks_are_here(world_size):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+
+
+def _all_ranks_are_here(world_size: int) -> bool:
+    """Tell whether all ranks are on this host, so that nothing need leave the loopback device."""
+    names = {name for _, name in socket.if_nameindex()}
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size and "lo" in names
+
+
+def destroy_groups() -> None:
+    """Leave all groups.  Collective over the world; without groups nothing happens."""
+    from megatron.core import parallel_state  # noqa: PLC0415 - patched first
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def check_model(mesh: DeviceMesh, provider: Any) -> None:
+    """Raise LayoutError unless the mesh can hold the model that `provider` describes."""
+    heads, layers = provider.num_attention_heads, provider.num_layers
+    if heads % mesh.tp:
+        raise LayoutError(
+            f"tp must divide the number of attention heads: tp={mesh.tp}, heads={heads}"
+        )
+    groups = provider.num_query_groups or heads
+    if groups % mesh.tp and mesh.tp % groups:
+        raise LayoutError(
+            "tp must divide the number of key/value heads or be a multiple of it: "
+            f"tp={mesh.tp}, key/value heads={groups}"
+        )
+    if layers % (mesh.pp * mesh.vpp):
+        raise LayoutError(
+            f"pp * vpp must divide the number of layers: pp={mesh.pp}, vpp={mesh.vpp}, "
+            f"layers={layers}"
+        )
+    for name, size in (("hidden_size", provider.hidden_size), ("ffn", provider.ffn_hidden_size)):
+        if size is not None and size % mesh.tp:
+            raise LayoutError(f"tp must divide {name}: tp={mesh.tp}, {name}={size}")
+    _check_experts(mesh, provider)
+
+
+def _check_experts(mesh: DeviceMesh, provider: Any) -> None:
+    experts = provider.num_moe_experts
+    if not experts:
+        if mesh.ep > 1 or mesh.etp > 1:
+            raise LayoutError(
+                f"the model has no experts: ep={mesh.ep}, etp={mesh.etp}", hint="use ep=1, etp=1"
+            )
+        return
+    if experts % mesh.ep:
+        raise LayoutError(
+            f"ep must divide the number of experts: ep={mesh.ep}, experts={experts}"
+        )
+    width = provider.moe_ffn_hidden_size
+    if width is not None and width % mesh.etp:
+        raise LayoutError(f"etp must divide the experts' width: etp={mesh.etp}, width={width}")

@@ -1,0 +1,257 @@
+"""CPU with Gloo: what Megatron must be told so that its CUDA-only lines run without a GPU.
+
+Nothing in `torch` itself is changed.  Each Megatron module gets a stand-in for its global name
+`torch` that answers `torch.cuda` for a machine without CUDA and turns a `device="cuda"` argument
+into `"cpu"`; Transformers and PEFT in the same process keep the real one.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+
+from megatrain.platforms.platform import Patch
+
+CPU = torch.device("cpu")
+
+FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+"""Functions of torch that Megatron calls with a CUDA device."""
+
+
+class CpuPlatform:
+    """The machine's processors, one process a rank, collectives over Gloo."""
+
+    name = "cpu"
+    collective_backend = "gloo"
+
+    def is_available(self) -> bool:
+        """Return True: there is always a CPU."""
+        return True
+
+    def device(self, local_rank: int) -> torch.device:
+        """Return the CPU, whatever the rank."""
+        return CPU
+
+    def environment(self) -> dict[str, str]:
+        """Return nothing: Gloo needs no variables."""
+        return {}
+
+    def patches(self) -> tuple[Patch, ...]:
+        """Return the changes to Megatron's modules; none to torch."""
+        return PATCHES
+
+
+class _Stream:
+    """A CUDA stream on a machine that runs everything in order."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return event or _Event()
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+_STREAM = _Stream()
+
+
+def _zero(*args: object, **kwargs: object) -> int:
+    return 0
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _stream_context(stream: object) -> Iterator[None]:
+    yield
+
+
+def _stand_in(module: types.ModuleType, **overrides: object) -> types.ModuleType:
+    """Return a module that has `overrides` and takes every other name from `module`."""
+    proxy = types.ModuleType(module.__name__, f"megatrain's CPU stand-in for {module.__name__}")
+    proxy.__dict__.update(overrides)
+    proxy.__dict__["__getattr__"] = functools.partial(getattr, module)
+    return proxy
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a factory function so that a CUDA device means the CPU."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if isinstance(device, int) or (device is not None and "cuda" in str(device)):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _cuda_stand_in() -> types.ModuleType:
+    return _stand_in(
+        torch.cuda,
+        current_device=lambda: CPU,
+        set_device=_nothing,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        Stream=_Stream,
+        Event=_Event,
+        current_stream=lambda device=None: _STREAM,
+        default_stream=lambda device=None: _STREAM,
+        stream=_stream_context,
+        memory_allocated=_zero,
+        max_memory_allocated=_zero,
+        memory_reserved=_zero,
+        reset_peak_memory_stats=_nothing,
+        is_current_stream_capturing=lambda: False,
+    )
+
+
+def _all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    def ints(sizes: Any) -> list[int] | None:
+        return None if sizes is None else [int(size) for size in sizes]
+
+    return torch.distributed.all_to_all_single(
+        output, input, ints(output_split_sizes), ints(input_split_sizes), **kwargs
+    )
+
+
+def _barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+    return torch.distributed.barrier(group=group, async_op=async_op)
+
+
+@functools.cache
+def _torch_stand_in() -> types.ModuleType:
+    return _stand_in(
+        torch,
+        cuda=_cuda_stand_in(),
+        distributed=_stand_in(
+            torch.distributed, all_to_all_single=_all_to_all_single, barrier=_barrier
+        ),
+        **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES},
+    )
+
+
+def _megatron_modules() -> list[types.ModuleType]:
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("megatron.") and isinstance(module, types.ModuleType)
+    ]
+
+
+def _replace_torch() -> None:
+    stand_in = _torch_stand_in()
+    for module in _megatron_modules():
+        if module.__dict__.get("torch") is torch:
+            module.__dict__["torch"] = stand_in
+
+
+def _replace_rng_setter() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random.__dict__["_set_cuda_rng_state"] = set_rng_state
+
+
+def _undo_jit_fuser() -> None:
+    for module in _megatron_modules():
+        owners: list[Any] = [module]
+        owners += [
+            value
+            for value in module.__dict__.values()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        for owner in owners:
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, types.FunctionType):
+                    original = vars(value).get("_torchdynamo_orig_callable")
+                    if original is not None:
+                        setattr(owner, name, original)
+
+
+PATCHES = (
+    Patch(
+        "megatron.torch",
+        "megatron-core says torch.cuda and device='cuda' in code that a CPU can run; "
+        "all_to_all_single over Gloo wants its split sizes as Python integers",
+        _replace_torch,
+    ),
+    Patch(
+        "megatron.rng",
+        "the tensor-parallel random number tracker sets the state of CUDA's generator",
+        _replace_rng_setter,
+    ),
+    Patch(
+        "megatron.jit_fuser",
+        "megatron-core decorates small functions with torch.compile; compiling them with a C++ "
+        "compiler costs minutes on a CPU and buys nothing there",
+        _undo_jit_fuser,
+    ),
+)
