@@ -1,0 +1,1 @@
+"""Model families that AutoBridge lacks, registered through its own decorator."""

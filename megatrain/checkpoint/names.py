@@ -5,7 +5,7 @@ AutoBridge's mapping registry is the source.  Loading, LoRA targets and PEFT nam
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -97,9 +97,15 @@ class ParameterTable:
     """Every parameter of this rank's model chunks with its mapping.  No communication."""
 
     def __init__(
-        self, auto_bridge: Any, chunks: Sequence[torch.nn.Module], groups: Groups
+        self,
+        auto_bridge: Any,
+        chunks: Sequence[torch.nn.Module],
+        groups: Groups,
+        hf_shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.groups = groups
+        self.hf_shapes = hf_shapes
+        """Of every Hugging Face parameter of the whole model."""
         self._config = chunks[0].config
         self._bridge = auto_bridge._model_bridge
         self._bridge.hf_pretrained = auto_bridge.hf_pretrained
@@ -154,6 +160,23 @@ class ParameterTable:
         """Return (rank, size) of the tensor parallel group that splits this parameter."""
         group = self.groups.expert_tp if parameter.is_expert else self.groups.tp
         return group.rank(), group.size()
+
+    def hf_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a Hugging Face parameter.  Raises CheckpointError if unknown."""
+        if name not in self.hf_shapes:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {name!r}",
+                hint="it does not fit its config.json",
+            )
+        return self.hf_shapes[name]
+
+    def all_hf_modules(self) -> list[str]:
+        """Return the module of every weight of two dimensions in the whole model."""
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.hf_shapes.items()
+            if len(shape) == 2 and name.endswith(".weight")
+        ]
 
     def hf_names(self, parameter: LocalParameter) -> list[str]:
         """Return the Hugging Face parameters that are fused into this one, in mapping order."""

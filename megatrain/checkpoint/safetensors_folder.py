@@ -87,6 +87,10 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         """Return a tensor's shape without reading it."""
         return tuple(self.slice(key).get_shape())
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor; only the files' headers are read."""
+        return {key: self.shape(key) for key in self}
+
     def __getitem__(self, key: str) -> torch.Tensor:
         view: torch.Tensor = self.slice(key)[...] if self.shape(key) else self._scalar(key)
         return view

@@ -141,17 +141,29 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
+    torch.set_rng_state(state)
+
+
 def _cuda_stand_in() -> types.ModuleType:
+    generator = {
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+    }
     return _stand_in(
         torch.cuda,
+        **generator,
+        random=_stand_in(torch.cuda.random, **generator),
         current_device=lambda: CPU,
         set_device=_nothing,
         synchronize=_nothing,
         empty_cache=_nothing,
-        get_rng_state=lambda device=None: torch.get_rng_state(),
-        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
-        manual_seed=torch.manual_seed,
-        manual_seed_all=torch.manual_seed,
         Stream=_Stream,
         Event=_Event,
         current_stream=lambda device=None: _STREAM,

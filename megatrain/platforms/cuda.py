@@ -73,7 +73,7 @@ def nccl_version() -> nvidia.Version:
     """Return the version of the NCCL that torch uses; () when torch has none."""
     if not torch.distributed.is_nccl_available():
         return ()
-    return tuple(torch.cuda.nccl.version()[:3])
+    return tuple(torch.cuda.nccl.version()[:3])  # type: ignore[no-untyped-call]
 
 
 def _gpus() -> tuple[nvidia.Gpu, ...]:

@@ -1,0 +1,1 @@
+"""The Python API: `initialize` and `MegatronModel`.  Importing it imports no torch."""

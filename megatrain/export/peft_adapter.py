@@ -1,0 +1,210 @@
+"""A PEFT adapter on disk: written, reloaded and compared, then put in place in one step; and read.
+
+layout.py says how factors are named and shaped; attach.py asks PEFT what it makes of them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatrain.config.lora import LoraSpec, without_expert
+from megatrain.errors import ExportError
+from megatrain.export.attach import attach
+from megatrain.export.folder import replaced
+from megatrain.export.layout import PREFIX, Layer, patterns, plan, to_peft, unstack
+from megatrain.export.skeleton import Skeleton
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_KEY = re.compile(
+    re.escape(PREFIX) + r"(?P<path>.+)\.lora_((?P<factor>[AB])\.weight|embedding_(?P<row>[AB]))"
+)
+
+
+def write_adapter(
+    directory: Path,
+    *,
+    spec: LoraSpec,
+    tensors: Mapping[str, Tensor],
+    base_model: str,
+    hf_config: PretrainedConfig | dict[str, Any],
+) -> Path:
+    """Write canonical factors `<module>.lora_A` and `.lora_B` so that PEFT loads them exactly.
+
+    The config names exactly the modules that have weights.  An existing adapter is replaced in one
+    step, and stays if anything fails.
+
+    Raises:
+        ExportError: the factors do not fit the model, spec or PEFT; the file differs from them; or
+            `directory` holds something else than an adapter.
+    """
+    _check_finite(tensors)
+    skeleton = Skeleton(hf_config)
+    layers = plan(skeleton, spec, tensors)
+    config = spec.to_peft_dict(
+        target_modules=[layer.name for layer in layers if not layer.is_parameter],
+        target_parameters=[layer.name for layer in layers if layer.is_parameter],
+    )
+    config["rank_pattern"], config["alpha_pattern"] = patterns(spec, layers)
+    config["base_model_name_or_path"] = base_model
+    weights: dict[str, Tensor] = {}
+    for layer in layers:
+        weights |= to_peft(layer, tensors)
+    _check_scales(attach(skeleton.model, config, weights), spec, layers)
+    weights = _separate(weights)
+    with replaced(directory, may_replace=is_adapter) as new:
+        save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _check_written(new, config, weights)
+    return Path(directory)
+
+
+def read_adapter(
+    directory: Path, *, hf_config: PretrainedConfig | dict[str, Any]
+) -> tuple[LoraSpec, dict[str, Tensor]]:
+    """Return an adapter's options, with exact targets, and its canonical factors.
+
+    An expert of a stacked parameter is `...experts.<e>.<parameter>`; PEFT's fused factor of gate
+    and up is not taken apart.
+
+    Raises:
+        ExportError: a key is missing, renamed, reshaped or too many, or a scale is not what the
+            config says.
+        ConfigError: the config asks for what megatrain does not support.
+    """
+    directory = Path(directory)
+    config, weights = _load_config(directory), _load_weights(directory)
+    spec = LoraSpec.from_any(config)
+    skeleton = Skeleton(hf_config)
+    scales = attach(skeleton.model, config, weights)
+    tensors = _canonical(skeleton, spec, weights)
+    exact = _exact_targets(spec, plan(skeleton, spec, tensors))
+    _check_scales(scales, exact, plan(skeleton, exact, tensors))
+    return exact, tensors
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a folder holds an adapter and nothing else."""
+    names = {path.name for path in directory.iterdir()}
+    return names <= {WEIGHTS, CONFIG, "README.md"} and (CONFIG in names or not names)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise ExportError(f"{len(wrong)} tensor(s) are not finite: {', '.join(wrong[:5])}")
+
+
+def _separate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors on the CPU that share no memory, as safetensors wants them."""
+    return {
+        key: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(
+            tensor.detach()
+        )
+        for key, tensor in weights.items()
+    }
+
+
+def _check_scales(scales: Mapping[str, float], spec: LoraSpec, layers: list[Layer]) -> None:
+    for layer in layers:
+        wanted = spec.scale_of(layer.modules[min(layer.modules)])
+        if not math.isclose(scales[layer.key], wanted, rel_tol=1e-12):
+            raise ExportError(
+                f"PEFT would scale {layer.name} by {scales[layer.key]}, not by {wanted}",
+                hint="check r, lora_alpha, use_rslora, rank_pattern and alpha_pattern",
+            )
+
+
+def _check_written(
+    directory: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    if json.loads((directory / CONFIG).read_text()) != config:
+        raise ExportError(f"{CONFIG} does not hold what was written: {directory}")
+    found = load_file(directory / WEIGHTS)
+    if found.keys() != weights.keys():
+        wrong = sorted(found.keys() ^ weights.keys())
+        raise ExportError(f"{WEIGHTS} has other keys than were written: {wrong[:5]}")
+    for key, tensor in weights.items():
+        same = found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
+        if not same or not torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)):
+            raise ExportError(f"{WEIGHTS} does not hold what was written: {key}")
+
+
+def _load_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read {path}: {error}", hint="is this a PEFT adapter?") from error
+
+
+def _load_weights(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"cannot read {path}: {error}", hint="is this a PEFT adapter?") from error
+
+
+def _canonical(
+    skeleton: Skeleton, spec: LoraSpec, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise ExportError(f"not a key of a PEFT LoRA adapter: {key}", hint=f"{PREFIX}<module>…")
+        pairs.setdefault(found["path"], {})[found["factor"] or found["row"]] = tensor
+    tensors: dict[str, Tensor] = {}
+    for path, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise ExportError(f"lora_A or lora_B is missing: {path}")
+        for module, a, b in _modules_of(skeleton, spec, path, pair["A"], pair["B"]):
+            tensors |= {f"{module}.lora_A": a, f"{module}.lora_B": b}
+    return tensors
+
+
+def _modules_of(
+    skeleton: Skeleton, spec: LoraSpec, path: str, a: Tensor, b: Tensor
+) -> list[tuple[str, Tensor, Tensor]]:
+    owner = re.sub(r"(\.base_layer)+$", "", path)
+    if skeleton.module(owner) is None:
+        return [(path, a, b)]
+    shapes = skeleton.parameters_of(owner)
+    targeted = [each for each in shapes if spec.targets_parameter(f"{owner}.{each}")]
+    depth = path.removeprefix(owner).count(".base_layer")
+    if not targeted or len(shapes[targeted[-1]]) != 3:
+        return [(owner, a, b)]
+    parameter = targeted[len(targeted) - 1 - depth]
+    experts = unstack(a, b, num_experts=shapes[parameter][0])
+    return [(f"{owner}.{e}.{parameter}", *pair) for e, pair in enumerate(experts)]
+
+
+def _exact_targets(spec: LoraSpec, layers: list[Layer]) -> LoraSpec:
+    """Return the spec with the names of exactly these layers, as canonical names match them."""
+    parameters, modules = set(), set()
+    for layer in layers:
+        if layer.is_parameter and (layer.stacked or layer.place.kind == "parameter"):
+            parameters.add(layer.name)
+        else:
+            modules |= {without_expert(module) for module in layer.modules.values()}
+    options = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+    return LoraSpec(
+        **options
+        | {
+            "target_modules": tuple(sorted(modules)),
+            "target_parameters": tuple(sorted(parameters)) or None,
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    )

@@ -1,0 +1,128 @@
+"""One LoRA adapter on a model that is spread over ranks: made, initialised, walked over."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatrain.config.lora import LoraSpec
+from megatrain.model.lora_linear import LoraLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One matrix of an adapter as this rank holds it, and its place in the whole."""
+
+    name: str
+    """`<Hugging Face module>.lora_A` or `.lora_B`."""
+    value: Tensor
+    """This rank's slice (a view of the parameter, without gradient)."""
+    full_shape: tuple[int, int]
+    dim: int | None
+    """The dimension that is split over `group`; None if every rank holds all of it."""
+    index: Tensor | None
+    """Where this rank's slices lie along `dim` (int64)."""
+    is_expert: bool
+    is_embedding: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedParameter:
+    """A parameter with a gradient, and over which ranks that gradient is a sum."""
+
+    parameter: torch.nn.Parameter
+    is_expert: bool
+    """Over expert-data parallel ranks, and expert TP instead of TP."""
+    is_replicated: bool
+    """The same on all TP ranks, each of which holds a part of the gradient's sum."""
+
+
+class Adapter:
+    """The factors of one adapter on this rank, by Megatron linear."""
+
+    def __init__(self, spec: LoraSpec, seed: int, linears: dict[str, LoraLinear]) -> None:
+        self.spec, self.seed, self.linears = spec, seed, linears
+
+    def trained_parameters(self) -> list[TrainedParameter]:
+        """Return the parameters in a fixed order."""
+        result = []
+        for linear in self.linears.values():
+            shape = linear.shape
+            for letter, parameters in (("A", linear.lora_A), ("B", linear.lora_B)):
+                replicated = not _is_split(shape.kind, letter)
+                result += [TrainedParameter(p, shape.is_expert, replicated) for p in parameters]
+        return result
+
+    def factors(self) -> Iterator[Factor]:
+        """Yield every matrix, one expert at a time."""
+        for linear in self.linears.values():
+            yield from _factors(linear)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Give every factor its initial value, which depends on (seed, name) alone."""
+        for factor in self.factors():
+            whole = initial_value(factor, self.spec, self.seed)
+            if factor.dim is not None and factor.index is not None:
+                whole = whole.index_select(factor.dim, factor.index)
+            factor.value.copy_(whole)
+
+
+def _is_split(kind: str, letter: str) -> bool:
+    return (kind, letter) in (("column", "B"), ("row", "A"), ("embedding", "A"))
+
+
+def _factors(linear: LoraLinear) -> Iterator[Factor]:
+    shape = linear.shape
+    size, rank = shape.tp_group.size(), shape.tp_group.rank()
+    split_in = shape.kind in ("row", "embedding")
+    in_features = shape.in_features * (size if split_in else 1)
+    columns = None
+    if split_in:
+        columns = torch.arange(rank * shape.in_features, (rank + 1) * shape.in_features)
+    for part, a, b in zip(linear.parts, linear.lora_A, linear.lora_B, strict=True):
+        for expert, module in enumerate(part.hf_modules):
+            a_value, b_value = (x.detach()[expert] if shape.is_expert else x.detach() for x in (a, b))
+            yield Factor(
+                f"{module}.lora_A",
+                a_value,
+                (part.rank, in_features),
+                1 if split_in else None,
+                columns,
+                shape.is_expert,
+                shape.kind == "embedding",
+            )
+            is_column = shape.kind == "column"
+            yield Factor(
+                f"{module}.lora_B",
+                b_value,
+                (part.out_features, part.rank),
+                0 if is_column else None,
+                part.rows if is_column else None,
+                shape.is_expert,
+                shape.kind == "embedding",
+            )
+
+
+def initial_value(factor: Factor, spec: LoraSpec, seed: int) -> Tensor:
+    """Return a whole factor in float32 as PEFT would draw it, from (seed, name) alone.
+
+    A: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)), or a normal with
+    standard deviation 1/r for 'gaussian'.  B: zeros; with init_lora_weights=False drawn like A.
+    An embedding's A is zero and its B normal, as in PEFT.
+    """
+    is_a, shape = factor.name.endswith("lora_A"), factor.full_shape
+    digest = hashlib.blake2b(f"{seed}:{factor.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    value = torch.empty(shape)
+    if factor.is_embedding:
+        return value.zero_() if is_a else value.normal_(generator=generator)
+    if not is_a and spec.init_lora_weights is not False:
+        return value.zero_()
+    if spec.init_lora_weights == "gaussian":
+        return value.normal_(std=1 / shape[0], generator=generator)
+    bound = 1 / math.sqrt(shape[1])
+    return value.uniform_(-bound, bound, generator=generator)

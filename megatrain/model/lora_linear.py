@@ -1,0 +1,149 @@
+"""LoRA factors on one Megatron linear, and what they add to its output.
+
+T tokens, I in-features on this rank, O out-features on this rank, R the rank of one part, S the
+sum of ranks over the parts of a fused linear (q, k, v; gate, up), t the TP size, E local experts.
+
+               A of a part      B of a part       gradient also summed over TP
+  column       (R, I)           (rows here, R)    A
+  row          (R, I/t)         (O, R)            B
+  replicated   (R, I)           (O, R)            A and B (tokens are split by sequence parallelism)
+
+Column: h = x A^T on this rank's tokens, gathered over TP (small), then B.  Row: h is a partial sum,
+reduce-scattered over TP, then B.  Experts: no communication here; the token dispatcher sums over
+expert TP, so the factor that is the same on all of those ranks gets a partial gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatrain_kernels.grouped import grouped_linear
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPart:
+    """One Hugging Face linear inside a Megatron linear."""
+
+    hf_modules: tuple[str, ...]
+    """Its name; for experts, one name for each expert on this rank."""
+    rank: int
+    scale: float
+    rows: Tensor
+    """For each row of B here, its row in the Hugging Face linear (int64)."""
+    places: Tensor
+    """Where those rows are in the Megatron linear's local output (int64)."""
+    out_features: int
+    """Rows of the whole Hugging Face linear."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """How a Megatron linear is split, as far as LoRA must know it."""
+
+    kind: str
+    """column, row or replicated."""
+    is_expert: bool
+    in_features: int
+    """On this rank."""
+    out_features: int
+    """On this rank."""
+    tp_group: Any
+    """Ranks that hold the other slices (expert TP for experts)."""
+    sequence_parallel: bool
+
+
+class LoraLinear(torch.nn.Module):
+    """The factors of one adapter on one linear."""
+
+    def __init__(
+        self, shape: LinearShape, parts: Sequence[LoraPart], dropout: float, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.shape, self.parts = shape, tuple(parts)
+        experts = (len(parts[0].hf_modules),) if shape.is_expert else ()
+        new = lambda *size: torch.nn.Parameter(  # noqa: E731
+            torch.zeros(*experts, *size, dtype=like.dtype, device=like.device)
+        )
+        self.lora_A = torch.nn.ParameterList([new(p.rank, shape.in_features) for p in parts])
+        self.lora_B = torch.nn.ParameterList([new(len(p.rows), p.rank) for p in parts])
+        self.dropout = torch.nn.Dropout(dropout)
+        for index, part in enumerate(parts):
+            self.register_buffer(f"places{index}", part.places.to(like.device), persistent=False)
+        places = torch.cat([part.places for part in parts])
+        self.in_order = torch.equal(places, torch.arange(shape.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scale * x A^T B^T for the linear's output, (T, 1, O).  Collective over TP."""
+        shape = self.shape
+        h = self._project(x)
+        if shape.sequence_parallel and shape.kind == "column":
+            h = gather_from_sequence_parallel_region(h, group=shape.tp_group)
+        elif shape.sequence_parallel and shape.kind == "row":
+            h = reduce_scatter_to_sequence_parallel_region(h, group=shape.tp_group)
+        return self._expand(h)
+
+    def local(self, x: Tensor) -> Tensor:
+        """Return the delta for inputs that are whole on every TP rank.  No communication."""
+        return self._expand(self._project(x))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Return x A^T of all parts side by side, (T, 1, S)."""
+        if self.dropout.p and self.training:
+            return torch.cat([self.dropout(x) @ a.T for a in self.lora_A], -1)
+        a_SI = self.lora_A[0] if len(self.parts) == 1 else torch.cat(list(self.lora_A))
+        return x @ a_SI.T
+
+    def _expand(self, h: Tensor) -> Tensor:
+        """Return h B^T with each part's rows in their places and zero elsewhere."""
+        if self.in_order:
+            pieces = h.split([p.rank for p in self.parts], -1)
+            out = [
+                (piece * part.scale) @ b.T
+                for piece, part, b in zip(pieces, self.parts, self.lora_B, strict=True)
+            ]
+            return out[0] if len(out) == 1 else torch.cat(out, -1)
+        return h @ self.fused_b().T
+
+    def fused_b(self) -> Tensor:
+        """Return scale * B of all parts as one matrix (O, S), zero where a part has no row."""
+        blocks = []
+        for index, (part, b) in enumerate(zip(self.parts, self.lora_B, strict=True)):
+            block = b.new_zeros(self.shape.out_features, part.rank)
+            blocks.append(block.index_copy(0, getattr(self, f"places{index}"), b * part.scale))
+        return torch.cat(blocks, 1)
+
+
+class GroupedLoraLinear(LoraLinear):
+    """The factors of one adapter on the experts of one layer, one pair for each expert."""
+
+    def forward_experts(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the delta for tokens sorted by expert, (T, O)."""
+        counts = [int(count) for count in counts]
+        h = self._project_experts(x, counts)
+        if self.in_order:
+            pieces = h.split([p.rank for p in self.parts], -1)
+            out = [
+                grouped_linear(piece * part.scale, b.unbind(), counts)
+                for piece, part, b in zip(pieces, self.parts, self.lora_B, strict=True)
+            ]
+            return out[0] if len(out) == 1 else torch.cat(out, -1)
+        delta = x.new_zeros(x.shape[0], self.shape.out_features)
+        pieces = h.split([p.rank for p in self.parts], -1)
+        for index, (piece, part) in enumerate(zip(pieces, self.parts, strict=True)):
+            rows = grouped_linear(piece * part.scale, self.lora_B[index].unbind(), counts)
+            delta = delta.index_add(1, getattr(self, f"places{index}"), rows)
+        return delta
+
+    def _project_experts(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        if self.dropout.p and self.training:
+            h = [grouped_linear(self.dropout(x), a.unbind(), counts) for a in self.lora_A]
+            return torch.cat(h, -1)
+        a_ESI = torch.cat(list(self.lora_A), 1) if len(self.parts) > 1 else self.lora_A[0]
+        return grouped_linear(x, a_ESI.unbind(), counts)

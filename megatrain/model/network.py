@@ -1,0 +1,170 @@
+"""A Hugging Face checkpoint as Megatron model chunks on this rank, with its table of names."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.checkpoint.load import load_parameters
+from megatrain.checkpoint.names import ParameterTable
+from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
+from megatrain.config.lora import LoraSpec
+from megatrain.config.model import ModelConfig
+from megatrain.errors import StateError
+from megatrain.model.adapter import Adapter
+from megatrain.model.head import LogprobHead
+from megatrain.model.lora import ActiveAdapter, make_adapter
+from megatrain.model.microbatch import MicroBatch
+from megatrain.model.provider import make_bridge, make_provider
+from megatrain.parallel.groups import Groups
+
+logger = logging.getLogger(__name__)
+
+LossFunction = Callable[[Tensor, MicroBatch], Tensor]
+"""From log-probabilities (N,) to a scalar that is summed over micro-batches and ranks."""
+
+
+@dataclass
+class Network:
+    """Everything of the model that lives on this rank."""
+
+    folder: Path
+    config: ModelConfig
+    groups: Groups
+    provider: Any
+    chunks: list[torch.nn.Module]
+    table: ParameterTable
+    head: LogprobHead
+    active: ActiveAdapter = field(default_factory=ActiveAdapter)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary without padding."""
+        return int(self.provider.vocab_size)
+
+    def add_adapter(self, name: str, spec: LoraSpec, *, seed: int) -> Adapter:
+        """Inject a LoRA adapter.  No communication."""
+        if name in self.adapters:
+            raise StateError(f"there is already an adapter called {name!r}")
+        self.adapters[name] = make_adapter(
+            self.table, spec, seed=seed, name=name, active=self.active
+        )
+        return self.adapters[name]
+
+    def activate(self, name: str | None) -> None:
+        """Choose the adapter of the next passes; None for the base alone."""
+        self.active.name = name
+        adapter = self.adapters.get(name) if name is not None else None
+        head = None
+        if adapter is not None:
+            head = next(
+                (v for k, v in adapter.linears.items() if k.endswith(".output_layer")), None
+            )
+        self.head.lora = head
+
+    def run(
+        self, batches: Sequence[MicroBatch], loss: LossFunction | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Send micro-batches through the pipeline; with `loss`, backward as well.
+
+        Returns each micro-batch's log-probabilities and loss on the last stage; elsewhere nothing.
+        Collective: every rank brings as many micro-batches.
+        """
+        from megatron.core.pipeline_parallel import (  # noqa: PLC0415 - patched first
+            get_forward_backward_func,
+        )
+
+        for chunk in self.chunks:
+            chunk.train(loss is not None)
+        step = _ForwardStep(self.head, loss)
+        iterators = [iter(batches) for _ in self.chunks]
+        with torch.set_grad_enabled(loss is not None):
+            results = get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=max(b.input_ids_1T.shape[1] for b in batches),
+                micro_batch_size=1,
+                forward_only=loss is None,
+            )
+        return [r["logps"] for r in results], [r["loss"] for r in results]
+
+
+@dataclass(frozen=True, slots=True)
+class _ForwardStep:
+    """What Megatron's schedule calls for each micro-batch and model chunk."""
+
+    head: LogprobHead
+    loss: LossFunction | None
+
+    def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        output = model(
+            batch.input_ids_1T,
+            batch.positions_1T,
+            None,
+            packed_seq_params=batch.packed,
+            output_processor=self.head,
+            output_processor_context=batch,
+        )
+        return output, _Result(batch, self.loss)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """From the last stage's output to (loss, tokens, what is kept)."""
+
+    batch: MicroBatch
+    loss: LossFunction | None
+
+    def __call__(self, logps_N: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        tokens = torch.tensor(0, dtype=torch.int, device=logps_N.device)
+        value = logps_N.sum() * 0.0 if self.loss is None else self.loss(logps_N, self.batch)
+        return value, tokens, {"logps": logps_N.detach(), "loss": value.detach()}
+
+
+def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
+    """Make this rank's part of the model and read its weights.  The base is frozen.
+
+    Raises UnknownFamilyError, LayoutError or CheckpointError.
+    """
+    auto_bridge = make_bridge(folder)
+    provider = make_provider(auto_bridge, config, groups)
+    source = SafetensorsFolder(folder)
+    stages = range(groups.mesh.vpp) if groups.mesh.vpp > 1 else [None]
+    chunks = [provider.provide(vp_stage=stage) for stage in stages]
+    for chunk, stage in zip(chunks, stages, strict=True):
+        chunk.model_type = _model_type()
+        chunk.vp_stage = stage
+        chunk.requires_grad_(False)
+        chunk.to(groups.device)
+    table = ParameterTable(auto_bridge, chunks, groups, source.shapes())
+    load_parameters(table, source)
+    if config.recompute or groups.mesh.pp > 1:
+        _let_gradients_reach_the_first_layer(chunks[0])
+    head = LogprobHead(int(provider.vocab_size), groups.tp)
+    return Network(folder, config, groups, provider, chunks, table, head)
+
+
+def _model_type() -> Any:
+    from megatron.core.enums import ModelType  # noqa: PLC0415 - patched first
+
+    return ModelType.encoder_or_decoder
+
+
+def _let_gradients_reach_the_first_layer(chunk: Any) -> None:
+    """Make the embedding's output a leaf that wants a gradient.
+
+    The base is frozen, so nothing before the first LoRA factor asks for one: a recomputed layer
+    would lose its factors' gradients, and a pipeline stage would have nothing to send back.
+    """
+    if getattr(chunk, "pre_process", False):
+        chunk.embedding.register_forward_hook(
+            lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else out
+        )

@@ -1,0 +1,1 @@
+"""Supported helpers for tests: tiny real models, and a pool of rank processes."""

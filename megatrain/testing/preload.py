@@ -1,0 +1,11 @@
+"""What the rank pool's server process imports before it forks ranks."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from megatrain.platforms.bridge_import import import_megatron  # noqa: E402
+
+import_megatron()
+
+from megatrain.api import local  # noqa: E402, F401
