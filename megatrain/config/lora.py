@@ -10,53 +10,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Self
 
+from megatrain.config.peft_fields import supported
 from megatrain.errors import ConfigError
 
 _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+$)")
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
-
-IGNORED = frozenset(
-    {
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "runtime_config",
-    }
-)
-"""Fields of PEFT's LoraConfig that say nothing about what is computed."""
-
-REFUSED: Mapping[str, object] = MappingProxyType(
-    {
-        "fan_in_fan_out": False,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "trainable_token_indices": None,
-        "loftq_config": {},
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-        "use_dora": False,
-        "velora_config": None,
-        "alora_invocation_tokens": None,
-        "use_qalora": False,
-        "qalora_group_size": 16,
-        "monteclora_config": None,
-        "layer_replication": None,
-        "lora_bias": False,
-        "use_bdlora": None,
-        "arrow_config": None,
-        "kasa_config": None,
-        "ensure_weight_tying": False,
-    }
-)
-"""Fields of PEFT's LoraConfig (0.21) that must keep PEFT's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +138,7 @@ class LoraSpec:
                 raise ConfigError(f"not a regular expression: {pattern!r}: {error}") from error
 
     @classmethod
-    def from_any(cls, config: object) -> Self:
+    def from_any(cls, config: Any) -> Self:
         """Take a LoraSpec, a dict or a `peft.LoraConfig`.
 
         Raises:
@@ -193,7 +153,8 @@ class LoraSpec:
                     hint="pass peft.LoraConfig, LoraSpec or a dict",
                 )
             config = config.to_dict()
-        return cls(**_supported(config, known={each.name for each in dataclasses.fields(cls)}))
+
+        return cls(**supported(config, known={each.name for each in dataclasses.fields(cls)}))
 
     @property
     def is_all_linear(self) -> bool:
@@ -222,18 +183,18 @@ class LoraSpec:
 
     def excludes(self, name: str) -> bool:
         """Return whether exclude_modules names this module."""
-        excluded = self.exclude_modules
+        excluded, names = self.exclude_modules, {name, without_expert(name)}
         if isinstance(excluded, str):
-            return re.fullmatch(excluded, name) is not None
-        return _ends(name, excluded or ())
+            return any(re.fullmatch(excluded, each) for each in names)
+        return any(_ends(each, excluded or ()) for each in names)
 
     def _targets(self, name: str) -> bool:
         targets = self.target_modules
         if isinstance(targets, str):
             return re.fullmatch(targets, name) is not None
-        if targets is None or name in targets:
-            return targets is not None
-        return _ends(name, targets) and self.chooses_layer_of(name)
+        if targets is None:
+            return False
+        return name in targets or (_ends(name, targets) and self.chooses_layer_of(name))
 
     def chooses_layer_of(self, name: str) -> bool:
         """Return whether layers_to_transform, if it is set, names the layer of this module."""
@@ -317,22 +278,6 @@ def look_up[T](patterns: Mapping[str, T], name: str, default: T) -> T:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
-
-
-def _supported(config: Mapping[str, Any], *, known: set[str]) -> dict[str, Any]:
-    kind = getattr(config.get("peft_type"), "value", config.get("peft_type", "LORA"))
-    if kind not in (None, "LORA"):
-        raise ConfigError(f"only LoRA is supported: peft_type={kind!r}", hint="peft.LoraConfig")
-    if unknown := sorted(set(config) - known - IGNORED - set(REFUSED)):
-        raise ConfigError(
-            f"unknown LoRA option(s): {', '.join(unknown)}",
-            hint=f"known: {', '.join(sorted(known))}",
-        )
-    changed = [name for name in REFUSED if config.get(name, REFUSED[name]) != REFUSED[name]]
-    if changed:
-        values = ", ".join(f"{name}={config[name]!r}" for name in changed)
-        raise ConfigError(f"LoRA option(s) not supported: {values}", hint="leave them out")
-    return {name: value for name, value in config.items() if name in known}
 
 
 def _names(option: str, value: Any) -> tuple[str, ...] | str | None:

@@ -94,8 +94,8 @@ class Skeleton:
                 return Place("embedding", owner)
             case nn.Linear() | Conv1D():
                 name = owner.rpartition(".")[-1]
-                kind = "parameter" if name in self.names_taken_by_peft else "linear"
-                return Place(kind, owner)
+                taken = name in self.names_taken_by_peft
+                return Place("parameter" if taken else "linear", owner)
             case router if len(self.parameters_of(owner).get("weight", ())) == 2:
                 _check_no_buffer(router, module)
                 return Place("parameter", owner)
@@ -119,7 +119,7 @@ class Skeleton:
 
 
 def _check_no_buffer(router: nn.Module, module: str) -> None:
-    """Refuse a DeepSeek-like router: the layer around it reads a buffer that PEFT's wrapper lacks."""
+    """Refuse a router like DeepSeek's: its layer reads a buffer that PEFT's wrapper lacks."""
     if buffers := sorted(name for name, _ in router.named_buffers(recurse=False)):
         raise ExportError(
             f"PEFT cannot run a model whose {module} is adapted: its wrapper hides {buffers}",

@@ -89,7 +89,7 @@ class Network:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(batches),
-                seq_length=max(b.input_ids_1T.shape[1] for b in batches),
+                seq_length=max(b.input_ids_1T.shape[1] for b in batches) * self.groups.mesh.cp,
                 micro_batch_size=1,
                 forward_only=loss is None,
             )

@@ -84,8 +84,12 @@ def _set_layout(provider: Any, groups: Groups) -> None:
     provider.expert_tensor_parallel_size = mesh.etp
     provider.should_pad_vocab = True
     provider.make_vocab_size_divisible_by = 1
-    # Packed micro-batches have different lengths: stages tell each other the shape first.
-    provider.variable_seq_lengths = True
+    # Packed micro-batches have different lengths: stages tell each other the shape first.  The
+    # interleaved schedule cannot (with two stages, previous and next are the same rank, and
+    # shapes would be swapped), so there micro-batches are filled up to one length.
+    provider.variable_seq_lengths = mesh.vpp == 1
+    provider.overlap_p2p_comm = mesh.vpp > 1
+    provider.batch_p2p_comm = mesh.vpp == 1
 
 
 def _set_precision(provider: Any, dtype: torch.dtype) -> None:

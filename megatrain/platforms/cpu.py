@@ -192,6 +192,34 @@ def _all_to_all_single(
     )
 
 
+def _all_gather(
+    outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None, **kwargs: Any
+) -> Any:
+    sizes = {out.shape[0] for out in outputs} if input.dim() else {0}
+    if len(sizes) == 1:
+        return torch.distributed.all_gather(outputs, input, group=group, **kwargs)
+    rows = max(sizes)
+    padded = input.new_zeros(rows, *input.shape[1:])
+    padded[: input.shape[0]] = input
+    wide = [torch.empty_like(padded) for _ in outputs]
+    torch.distributed.all_gather(wide, padded, group=group)
+    for out, rows_of_rank in zip(outputs, wide, strict=True):
+        out.copy_(rows_of_rank[: out.shape[0]])
+    return None
+
+
+def _reduce_scatter(
+    output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None, **kwargs: Any
+) -> Any:
+    if len({part.shape[0] for part in inputs}) == 1:
+        return torch.distributed.reduce_scatter(output, inputs, group=group, **kwargs)
+    whole = torch.cat(inputs)
+    torch.distributed.all_reduce(whole, group=group)
+    first = sum(part.shape[0] for part in inputs[: torch.distributed.get_rank(group)])
+    output.copy_(whole[first : first + output.shape[0]])
+    return None
+
+
 def _barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
     return torch.distributed.barrier(group=group, async_op=async_op)
 
@@ -202,7 +230,11 @@ def _torch_stand_in() -> types.ModuleType:
         torch,
         cuda=_cuda_stand_in(),
         distributed=_stand_in(
-            torch.distributed, all_to_all_single=_all_to_all_single, barrier=_barrier
+            torch.distributed,
+            all_gather=_all_gather,
+            all_to_all_single=_all_to_all_single,
+            barrier=_barrier,
+            reduce_scatter=_reduce_scatter,
         ),
         **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES},
     )
@@ -252,7 +284,8 @@ PATCHES = (
     Patch(
         "megatron.torch",
         "megatron-core says torch.cuda and device='cuda' in code that a CPU can run; "
-        "all_to_all_single over Gloo wants its split sizes as Python integers",
+        "over Gloo all_to_all_single wants its split sizes as Python integers, and all_gather and "
+        "reduce_scatter want parts of one size",
         _replace_torch,
     ),
     Patch(

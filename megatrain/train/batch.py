@@ -164,9 +164,17 @@ class BatchPlan:
         """Return this rank's micro-batches; every rank has as many."""
         mesh = self.groups.mesh
         rank = self.groups.collection.dp.rank()
-        return [self._pack([self.data[i] for i in b]) for b in self.bins[rank :: mesh.dp]]
+        mine = [[self.data[i] for i in b] for b in self.bins[rank :: mesh.dp]]
+        lengths = [self._lengths(members) for members in mine]
+        if mesh.vpp > 1:  # the interleaved schedule knows one length only
+            longest = max(sum(each) for each in lengths)
+            lengths = [
+                [*each, longest - sum(each)] if sum(each) < longest else each for each in lengths
+            ]
+        return [self._pack(m, n) for m, n in zip(mine, lengths, strict=True)]
 
-    def _pack(self, members: Sequence[Datum]) -> MicroBatch:
+    def _lengths(self, members: Sequence[Datum]) -> list[int]:
+        """Return padded lengths of these sequences; the last one may be padding alone."""
         mesh = self.groups.mesh
         each = 2 * mesh.cp if mesh.cp > 1 else 1
         lengths = [-(-len(m.input_ids_S) // each) * each for m in members]
@@ -174,6 +182,9 @@ class BatchPlan:
         surplus = -sum(lengths) % (each * mesh.tp)
         if surplus or not lengths:
             lengths.append(surplus or each * mesh.tp)
+        return lengths
+
+    def _pack(self, members: Sequence[Datum], lengths: list[int]) -> MicroBatch:
         flat = _Flat(sum(lengths))
         for member, start in zip(members, np.cumsum([0, *lengths]), strict=False):
             flat.put(member, int(start))

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from megatrain.config.lora import IGNORED, REFUSED, LoraSpec
+from megatrain.config.lora import LoraSpec
+from megatrain.config.peft_fields import IGNORED, REFUSED
 from megatrain.errors import ConfigError
 
 NAMES = [
@@ -149,6 +150,9 @@ def test_a_name_without_an_expert_number_means_every_expert():
     spec = LoraSpec(target_modules=["layers.1.mlp.experts.up_proj"])
     assert spec.matches("model.layers.1.mlp.experts.7.up_proj")
     assert not spec.matches("model.layers.1.mlp.up_proj")
+    without = LoraSpec(target_modules=["up_proj"], exclude_modules=["mlp.experts.up_proj"])
+    assert not without.matches("model.layers.1.mlp.experts.7.up_proj")
+    assert without.matches("model.layers.1.mlp.up_proj")
 
 
 def test_all_linear_is_left_to_the_model():
