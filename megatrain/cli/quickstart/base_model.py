@@ -8,7 +8,6 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pydoc_data.topics import topics
 
 import torch
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from megatrain.cli.quickstart import task
+from megatrain.cli.quickstart.child import report_failure
 from megatrain.cli.quickstart.job import BASE_MARKER, Job, ModelShape
 from megatrain.cli.quickstart.tokenizer import build_tokenizer, encode_conversation
 
@@ -160,5 +160,6 @@ def _say(job: Job, step: int, **values: float) -> None:
 
 
 if __name__ == "__main__":
-    print(f"transformers {version('transformers')}, torch {version('torch')}")
-    make_base(Job.read(sys.argv[1]))
+    _job = Job.read(sys.argv[1])
+    with report_failure(_job.logs, name="base"):
+        make_base(_job)

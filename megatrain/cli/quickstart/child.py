@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatrain import errors
 from megatrain.errors import MegatrainError
 
 POLL_S = 0.1
@@ -61,9 +62,12 @@ def run_child(
     stands still for STALL_TIMEOUT_S.
     """
     log = logs / f"{name.replace(' ', '_')}.log"
-    with log.open("wb") as output, subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, env=_environment(processes)
-    ) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(processes)
+        ) as process,
+    ):
         try:
             stalled = _follow(process, progress)
         finally:
@@ -74,29 +78,45 @@ def run_child(
             hint=f"its output is in {log}",
         )
     if process.returncode:
-        reason = first_failure(logs) or _last_lines(log)
-        raise ChildFailedError(
-            f"{name} ended with exit code {process.returncode}\n{reason.rstrip()}",
+        raise first_failure(logs) or ChildFailedError(
+            f"{name} ended with exit code {process.returncode}\n{_last_lines(log)}",
             hint=f"its whole output is in {log}",
         )
 
 
 @contextlib.contextmanager
 def report_failure(logs: Path, *, name: str) -> Iterator[None]:
-    """Leave the traceback of what fails inside in a file of `logs`, and let it fail."""
+    """Leave what fails inside in a file of `logs`, for `first_failure`, and let it fail."""
     try:
         yield
-    except BaseException as error:
-        if not (isinstance(error, SystemExit) and not error.code):
-            file = logs / f"{name.replace(' ', '_')}.failure"
-            file.write_text(f"{name}: {traceback.format_exc()}")
+    except Exception as error:  # the edge of a process: told with its name and traceback
+        failure = {
+            "name": name,
+            "kind": type(error).__name__,
+            "message": getattr(error, "message", str(error)),
+            "hint": getattr(error, "hint", None),
+            "traceback": traceback.format_exc(),
+        }
+        (logs / f"{name.replace(' ', '_')}.failure.json").write_text(json.dumps(failure, indent=2))
         raise
 
 
-def first_failure(logs: Path) -> str | None:
-    """Return what the process that failed first left behind: the others failed because of it."""
-    files = sorted(logs.glob("*.failure"), key=lambda file: file.stat().st_mtime_ns)
-    return files[0].read_text() if files else None
+def first_failure(logs: Path) -> MegatrainError | None:
+    """Return what failed first: the other processes failed because of it.
+
+    A MegatrainError keeps its kind and message; anything else comes with its traceback.
+    """
+    files = sorted(logs.glob("*.failure.json"), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        return None
+    failure = json.loads(files[0].read_text())
+    kind = getattr(errors, failure["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, MegatrainError):
+        return kind(f"{failure['name']}: {failure['message']}", hint=failure["hint"])
+    return ChildFailedError(
+        f"{failure['name']} failed\n{failure['traceback'].rstrip()}",
+        hint=f"the whole output is in {logs}",
+    )
 
 
 def _environment(processes: int) -> dict[str, str]:

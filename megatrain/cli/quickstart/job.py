@@ -23,6 +23,10 @@ BASE_MARKER = "quickstart.json"
 RESULTS = ("adapter", "metrics.jsonl", "loss.png", "report.json", "samples.json", "logs")
 """What a run makes anew each time, below its output directory; `base` is kept."""
 
+VERIFIED_CONVERSATIONS = 12
+"""Held-out conversations whose log-probabilities the export must reproduce."""
+
+DEFAULT_STEPS, DEFAULT_SEED = 120, 42
 MAX_SEED = 2**31 - 1
 
 
@@ -53,14 +57,14 @@ class Job:
     out: Path
     mesh: DeviceMesh
     moe: bool = False
-    steps: int = 100
-    seed: int = 42
+    steps: int = DEFAULT_STEPS
+    seed: int = DEFAULT_SEED
     batch_size: int = 16
     """Conversations in a global batch."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     warmup_steps: int = 5
-    lora_rank: int = 8
-    lora_alpha: int = 16
+    lora_rank: int = 16
+    lora_alpha: int = 32
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -91,8 +95,13 @@ class Job:
 
     @property
     def held_out(self) -> Path:
-        """Held-out conversations with the trainer's log-probabilities of them."""
+        """The trainer's log-probabilities of some held-out conversations."""
         return self.out / "logs" / "held_out.safetensors"
+
+    @property
+    def verification(self) -> Path:
+        """How far PEFT's log-probabilities are from the trainer's."""
+        return self.logs / "verification.json"
 
     @property
     def samples(self) -> Path:

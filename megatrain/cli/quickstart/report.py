@@ -156,7 +156,10 @@ def _facts(report: Report, job: Job) -> list[tuple[str, Any]]:
         ("layout", f"{job.mesh.describe()}, {job.mesh.world_size} rank(s)"),
         ("loss", f"{report.loss_first:.3f} → {report.loss_last:.3f} in {report.steps} steps"),
         ("held out", f"{report.correct_before:.0%} → {report.correct_after:.0%} word for word"),
-        ("export", f"largest log-probability difference to PEFT {report.max_logprob_difference:.2e}"),
+        (
+            "export",
+            f"largest log-probability difference to PEFT {report.max_logprob_difference:.2e}",
+        ),
         ("speed", f"{report.tokens_per_second:,.0f} tokens/s"),
         ("time", f"{report.seconds:.0f} s"),
         ("written", f"{job.out}/{{base,adapter,metrics.jsonl,loss.png,report.json}}"),

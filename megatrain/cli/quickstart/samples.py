@@ -1,11 +1,6 @@
-"""Answers to the held-out questions before and after, from Transformers and PEFT alone.
-
-Run as a process of its own: `python -m megatrain.cli.quickstart.samples JOB.json`.
-"""
+"""Answers to the held-out questions before and after, from Transformers and PEFT alone."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -52,13 +47,3 @@ def answers(
     out = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     new_tokens = out[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
-
-
-def read_samples(path: Path) -> list[dict[str, str]]:
-    """Return what `write_samples` wrote."""
-    rows: list[dict[str, str]] = json.loads(path.read_text())
-    return rows
-
-
-if __name__ == "__main__":
-    write_samples(Job.read(sys.argv[1]))

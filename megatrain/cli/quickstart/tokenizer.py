@@ -1,10 +1,11 @@
 """The small checkpoint's tokenizer: byte-level BPE with a ChatML template, and labels from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from megatrain.cli.quickstart.task import Question
 from megatrain.types import IGNORED_LABEL, InputFeature
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -54,6 +55,13 @@ def encode_conversation(
     ids, mask = list(encoded["input_ids"]), encoded["assistant_masks"]
     labels = [token if said else IGNORED_LABEL for token, said in zip(ids, mask, strict=True)]
     return {"input_ids": ids, "labels": labels}
+
+
+def encode_task(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> list[InputFeature]:
+    """Return the conversations that the adapter learns from, as tokens and labels."""
+    return [encode_conversation(tokenizer, question.task_messages()) for question in questions]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

@@ -18,12 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import megatrain
 from megatrain.cli.quickstart import task
 from megatrain.cli.quickstart.child import report_failure
-from megatrain.cli.quickstart.job import Job
-from megatrain.cli.quickstart.tokenizer import encode_conversation
+from megatrain.cli.quickstart.job import VERIFIED_CONVERSATIONS, Job
+from megatrain.cli.quickstart.tokenizer import encode_task
 from megatrain.types import InputFeature
-
-VERIFIED_CONVERSATIONS = 12
-"""Held-out conversations whose log-probabilities the export must reproduce."""
 
 
 def train(job: Job, *, rank: int) -> None:
@@ -54,10 +51,11 @@ def train(job: Job, *, rank: int) -> None:
             _write_metrics(job, metric | {"step": step, "seconds": seconds})
 
     model.save("adapter", output_dir=job.out)
-    inputs = encode(tokenizer, held_out[:VERIFIED_CONVERSATIONS])
+    inputs = encode_task(tokenizer, held_out[:VERIFIED_CONVERSATIONS])
     logps = model.forward_only(inputs=inputs).logps
     if rank == 0:
-        save_file({f"logps.{i}": np.asarray(row) for i, row in enumerate(logps)}, job.held_out)
+        arrays = {f"logps.{index}": np.asarray(row) for index, row in enumerate(logps)}
+        save_file(arrays, job.held_out)
 
 
 def task_batches(
@@ -65,14 +63,7 @@ def task_batches(
 ) -> Iterator[list[InputFeature]]:
     """Yield tokenised batches without end, the same on every rank."""
     for batch in task.Batches(questions, size=job.batch_size, seed=job.seed):
-        yield encode(tokenizer, batch)
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, questions: list[task.Question]
-) -> list[InputFeature]:
-    """Return the conversations to learn as tokens and labels."""
-    return [encode_conversation(tokenizer, question.task_messages()) for question in questions]
+        yield encode_task(tokenizer, batch)
 
 
 def _write_metrics(job: Job, metric: dict[str, float]) -> None:
