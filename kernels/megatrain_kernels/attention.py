@@ -48,7 +48,9 @@ def _segment_attention(
     windowed = window is not None and window < num_keys - 1
     grouped = q.shape[1] != k.shape[1]
     if sinks_H is None and not windowed and num_queries == num_keys:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
         return out[0].transpose(0, 1)
     mask = visible(num_queries, num_keys, window if windowed else None, device=q.device)
     if sinks_H is not None:
@@ -57,9 +59,7 @@ def _segment_attention(
     return out[0].transpose(0, 1)
 
 
-def visible(
-    num_queries: int, num_keys: int, window: int | None, *, device: torch.device
-) -> Tensor:
+def visible(num_queries: int, num_keys: int, window: int | None, *, device: torch.device) -> Tensor:
     """Return a boolean mask (num_queries, num_keys): the last query is at the last key."""
     last = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
     keys = torch.arange(num_keys, device=device)

@@ -159,8 +159,6 @@ def logprobs(
     size = chunk_size(num_rows)
     for start in range(0, hidden_TH.shape[0], size):
         c = slice(start, start + size)
-        lse, target = checkpoint(
-            chunk_stats, hidden_TH[c], rows[c], here[c], use_reentrant=False
-        )
+        lse, target = checkpoint(chunk_stats, hidden_TH[c], rows[c], here[c], use_reentrant=False)
         parts.append(_CombineOverVocabulary.apply(lse, target, group))
     return torch.cat(parts)

@@ -156,7 +156,10 @@ class MegatronModel:
     def get_train_configs(self, *, adapter_name: str = ADAPTER) -> str:
         """Return one line that says what is trained, how, and on which layout."""
         self._check(adapter_name)
-        trained, spec = self._trainer.trained[adapter_name], self._network.adapters[adapter_name].spec
+        trained, spec = (
+            self._trainer.trained[adapter_name],
+            self._network.adapters[adapter_name].spec,
+        )
         mesh, config = self._session.groups.mesh, self._network.config
         optimizer = type(trained.optimizer).__name__ if trained.optimizer else "none"
         return (

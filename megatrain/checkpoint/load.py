@@ -81,7 +81,7 @@ def _read_rows(table: ParameterTable, parameter: LocalParameter, source: Safeten
         )
     if total < padding:
         target.zero_()
-    for part in table.parts(parameter, [shape[0] for shape in shapes]):
+    for part in table.parts(parameter):
         _copy_runs(target, part, source)
 
 

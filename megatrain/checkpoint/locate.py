@@ -35,7 +35,7 @@ def _download(scheme: str, repository: str) -> Path:
         ) from error
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=PATTERNS))
-    except Exception as error:  # noqa: BLE001 - hubs raise anything; the cause is kept
+    except Exception as error:
         raise CheckpointError(
             f"cannot download {repository!r} from {package}: {type(error).__name__}: {error}",
             hint="give a local folder with config.json and *.safetensors, or check the id",

@@ -61,6 +61,8 @@ class Part:
     parameter."""
     places: Rows
     """Where those rows are in the local Megatron parameter."""
+    out_features: int
+    """Rows of the whole Hugging Face parameter (for a tensor of experts: of one expert)."""
 
 
 class _Alone:
@@ -148,12 +150,12 @@ class ParameterTable:
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         if layer:
             number = modules[layer.group(0)[:-1]].layer_number - 1
-            name = f"decoder.layers.{number}.{name[layer.end():]}"
+            name = f"decoder.layers.{number}.{name[layer.end() :]}"
         expert = re.search(r"\.experts\.linear_fc[12]\.(weight|bias)(\d+)$", name)
         if expert:
             mesh, collection = self.groups.mesh, self.groups.collection
             first = collection.ep.rank() * (self._config.num_moe_experts // mesh.ep)
-            name = f"{name[:expert.start(2)]}{first + int(expert.group(2))}"
+            name = f"{name[: expert.start(2)]}{first + int(expert.group(2))}"
         return name
 
     def tp_place(self, parameter: LocalParameter) -> tuple[int, int]:
@@ -171,11 +173,11 @@ class ParameterTable:
         return self.hf_shapes[name]
 
     def all_hf_modules(self) -> list[str]:
-        """Return the module of every weight of two dimensions in the whole model."""
+        """Return the module of every weight in the whole model: matrices, and tensors of experts."""
         return [
             name.removesuffix(".weight")
             for name, shape in self.hf_shapes.items()
-            if len(shape) == 2 and name.endswith(".weight")
+            if (len(shape) == 2 and name.endswith(".weight")) or len(shape) == 3
         ]
 
     def hf_names(self, parameter: LocalParameter) -> list[str]:
@@ -183,21 +185,45 @@ class ParameterTable:
         names = parameter.mapping.hf_param
         return [names] if isinstance(names, str) else list(names.values())
 
-    def parts(self, parameter: LocalParameter, sizes: Sequence[int]) -> list[Part]:
+    def parts(self, parameter: LocalParameter) -> list[Part]:
         """Tell where each row of a column-parallel parameter comes from.
 
-        `sizes` are the out-features of each Hugging Face parameter, in the order of hf_names.  The
-        mapping itself is run on row numbers, so what it does to a bias is the answer.
+        The mapping itself is run on row numbers, so what it does to a bias is the answer.
         """
+        names = self.hf_names(parameter)
+        sizes = [self.hf_shape(name)[0] for name in names]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         labels = [torch.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
         fused_rows = self._fuse(parameter, labels).numpy()
         result = []
-        for index, name in enumerate(self.hf_names(parameter)):
-            first, end = starts[index], starts[index + 1]
-            places = np.flatnonzero((fused_rows >= first) & (fused_rows < end))
-            result.append(Part(name, fused_rows[places] - first, places))
+        for name, first, size in zip(names, starts[:-1], sizes, strict=True):
+            places = np.flatnonzero((fused_rows >= first) & (fused_rows < first + size))
+            result.append(Part(name, fused_rows[places] - first, places, size))
         return result
+
+    def expert_part(self, parameter: LocalParameter) -> Part | None:
+        """Tell the same for one expert of a Hugging Face tensor that holds all experts (E, ., .).
+
+        None if the mapping does more than choose an expert, transpose and permute rows.
+        """
+        (name,) = self.hf_names(parameter)
+        shape = self.hf_shape(name)
+        if not parameter.is_expert or len(shape) != 3 or self.groups.mesh.etp > 1:
+            return None
+        first = re.sub(r"\d+$", "0", parameter.global_name)
+        mapping = self._registry.megatron_to_hf_lookup(first)
+        both = []
+        for dim in (1, 2):
+            view = [1, 1, 1]
+            view[dim] = -1
+            labels = torch.arange(shape[dim]).view(view).expand(1, *shape[1:])
+            given = self._bridge.maybe_modify_loaded_hf_weight(name, {name: labels})
+            both.append(mapping.hf_to_megatron(given, parameter.module))
+        rows, columns = both if int(both[0][0, 0] != both[0][-1, 0]) else both[::-1]
+        if not torch.equal(columns[0], torch.arange(columns.shape[1])):
+            return None
+        rows = rows[:, 0].numpy()
+        return Part(name, rows, np.arange(len(rows)), len(rows))
 
     def _fuse(self, parameter: LocalParameter, labels: list[torch.Tensor]) -> torch.Tensor:
         """Return which label each local row gets; -1 for padding."""

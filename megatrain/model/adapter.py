@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatrain.config.lora import LoraSpec
-from megatrain.model.lora_linear import LoraLinear
+from megatrain.model.lora_linear import LinearShape, LoraLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Adapter:
         for linear in self.linears.values():
             shape = linear.shape
             for letter, parameters in (("A", linear.lora_A), ("B", linear.lora_B)):
-                replicated = not _is_split(shape.kind, letter)
+                replicated = not shape.is_split(letter)
                 result += [TrainedParameter(p, shape.is_expert, replicated) for p in parameters]
         return result
 
@@ -71,40 +71,41 @@ class Adapter:
             factor.value.copy_(whole)
 
 
-def _is_split(kind: str, letter: str) -> bool:
-    return (kind, letter) in (("column", "B"), ("row", "A"), ("embedding", "A"))
-
-
 def _factors(linear: LoraLinear) -> Iterator[Factor]:
     shape = linear.shape
-    size, rank = shape.tp_group.size(), shape.tp_group.rank()
-    split_in = shape.kind in ("row", "embedding")
-    in_features = shape.in_features * (size if split_in else 1)
-    columns = None
-    if split_in:
-        columns = torch.arange(rank * shape.in_features, (rank + 1) * shape.in_features)
+    embedding = shape.kind == "embedding"
+    columns = _columns(shape) if shape.is_split("A") else None
     for part, a, b in zip(linear.parts, linear.lora_A, linear.lora_B, strict=True):
         for expert, module in enumerate(part.hf_modules):
-            a_value, b_value = (x.detach()[expert] if shape.is_expert else x.detach() for x in (a, b))
+            a_value, b_value = a.detach(), b.detach()
+            if shape.is_expert:
+                a_value, b_value = a_value[expert], b_value[expert]
             yield Factor(
-                f"{module}.lora_A",
-                a_value,
-                (part.rank, in_features),
-                1 if split_in else None,
-                columns,
-                shape.is_expert,
-                shape.kind == "embedding",
+                name=f"{module}.lora_A",
+                value=a_value if columns is None else a_value[:, : len(columns)],
+                full_shape=(part.rank, shape.total_in_features),
+                dim=None if columns is None else 1,
+                index=columns,
+                is_expert=shape.is_expert,
+                is_embedding=embedding,
             )
-            is_column = shape.kind == "column"
+            split = shape.is_split("B")
             yield Factor(
-                f"{module}.lora_B",
-                b_value,
-                (part.out_features, part.rank),
-                0 if is_column else None,
-                part.rows if is_column else None,
-                shape.is_expert,
-                shape.kind == "embedding",
+                name=f"{module}.lora_B",
+                value=b_value,
+                full_shape=(part.out_features, part.rank),
+                dim=0 if split else None,
+                index=part.rows if split else None,
+                is_expert=shape.is_expert,
+                is_embedding=embedding,
             )
+
+
+def _columns(shape: LinearShape) -> Tensor:
+    """Return which in-features are on this rank, without padding."""
+    first = shape.tp_group.rank() * shape.in_features
+    last = min(first + shape.in_features, shape.total_in_features)
+    return torch.arange(first, max(first, last))
 
 
 def initial_value(factor: Factor, spec: LoraSpec, seed: int) -> Tensor:

@@ -5,21 +5,26 @@ Delta and base meet in a forward hook, so the base's modules and parameter names
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
 from megatrain.checkpoint.names import LocalParameter, ParameterTable, Part, parallel_kind
 from megatrain.config.lora import LoraSpec
 from megatrain.errors import ConfigError
 from megatrain.model.adapter import Adapter
-from megatrain.model.lora_linear import GroupedLoraLinear, LinearShape, LoraLinear, LoraPart
-
-ShapeOf = Callable[[str], tuple[int, ...]]
-"""From a Hugging Face parameter's name to its shape."""
+from megatrain.model.lora_linear import (
+    EmbeddingLora,
+    GroupedLoraLinear,
+    LinearShape,
+    LoraLinear,
+    LoraPart,
+)
 
 BY_NAME_ONLY = ("embedding.", "output_layer.", ".router.")
 """Linears that `all-linear` does not mean, in Megatron's names."""
@@ -32,9 +37,18 @@ class ActiveAdapter:
     name: str | None = None
 
 
-def hf_module(parameter_name: str) -> str:
-    """Return the Hugging Face module of a weight: its name without `.weight`."""
-    return parameter_name.removesuffix(".weight")
+def hf_module(hf_name: str, parameter: LocalParameter) -> str:
+    """Return the Hugging Face module of a weight: its name without `.weight`.
+
+    An expert of a tensor that holds all of them is called as if it were a module of its own:
+    `...experts.3.gate_up_proj`.
+    """
+    module = hf_name.removesuffix(".weight")
+    if parameter.is_expert and module == hf_name:
+        expert = parameter.global_name.rpartition("weight")[2]
+        prefix, _, leaf = module.rpartition(".")
+        return f"{prefix}.{expert}.{leaf}"
+    return module
 
 
 def make_adapter(
@@ -83,15 +97,14 @@ def _chosen(
         [
             name
             for name in table.hf_names(parameter)
-            if is_target(spec, name, parameter.global_name)
+            if is_target(spec, hf_module(name, parameter), parameter.global_name)
         ]
         for parameter in parameters
     ]
 
 
-def is_target(spec: LoraSpec, hf_name: str, global_name: str) -> bool:
-    """Tell whether the adapter has factors on this Hugging Face parameter."""
-    module = hf_module(hf_name)
+def is_target(spec: LoraSpec, module: str, global_name: str) -> bool:
+    """Tell whether the adapter has factors on this Hugging Face module."""
     if spec.is_all_linear:
         by_name_only = any(part in global_name for part in BY_NAME_ONLY)
         return not by_name_only and spec.chooses_layer_of(module) and not spec.excludes(module)
@@ -100,10 +113,8 @@ def is_target(spec: LoraSpec, hf_name: str, global_name: str) -> bool:
 
 def check_targets(spec: LoraSpec, table: ParameterTable) -> None:
     """Raise ConfigError for targets that match nothing in the whole model."""
-    if spec.is_all_linear:
-        return
     names = table.all_hf_modules()
-    wanted = spec.target_modules or ()
+    wanted = () if spec.is_all_linear else spec.target_modules or ()
     if isinstance(wanted, str):
         unmatched = [] if any(spec.matches(name) for name in names) else [wanted]
     else:
@@ -112,6 +123,12 @@ def check_targets(spec: LoraSpec, table: ParameterTable) -> None:
             for target in wanted
             if not any(name == target or name.endswith(f".{target}") for name in names)
         ]
+    parameters = list(table.hf_shapes)
+    unmatched += [
+        target
+        for target in spec.target_parameters or ()
+        if not any(name == target or name.endswith(f".{target}") for name in parameters)
+    ]
     if unmatched:
         leaves = sorted({n.rpartition(".")[2] for n in names})
         raise ConfigError(
@@ -128,103 +145,135 @@ def _build(
     first = parameters[0]
     shape = _shape(table, first)
     per_weight = [
-        [p for p in _parts(table, parameter) if p.hf_name in names]
+        [
+            (hf_module(part.hf_name, parameter), part)
+            for part in _parts(table, parameter)
+            if part.hf_name in names
+        ]
         for parameter, names in zip(parameters, chosen, strict=True)
     ]
-    _check_experts(parameters, per_weight, spec)
+    if shape.is_expert:
+        _check_experts([[module for module, _ in parts] for parts in per_weight], spec)
     parts = []
     for same in zip(*per_weight, strict=True):
-        modules = tuple(hf_module(part.hf_name) for part in same)
+        modules = tuple(module for module, _ in same)
+        part = same[0][1]
         parts.append(
             LoraPart(
                 hf_modules=modules,
                 rank=spec.rank_of(modules[0]),
                 scale=spec.scale_of(modules[0]),
-                rows=torch.from_numpy(same[0].rows),
-                places=torch.from_numpy(same[0].places),
-                out_features=table.hf_shape(same[0].hf_name)[0],
+                rows=torch.from_numpy(part.rows),
+                places=torch.from_numpy(part.places),
+                out_features=part.out_features,
             )
         )
-    kind = GroupedLoraLinear if shape.is_expert else LoraLinear
+    kind: type[LoraLinear] = GroupedLoraLinear if shape.is_expert else LoraLinear
+    if shape.kind == "embedding":
+        kind = EmbeddingLora
     return kind(shape, parts, spec.lora_dropout, like=first.parameter)
 
 
 def _parts(table: ParameterTable, parameter: LocalParameter) -> list[Part]:
-    names = table.hf_names(parameter)
-    sizes = [table.hf_shape(name)[0] for name in names]
-    if _kind(parameter) == "column":
-        return table.parts(parameter, sizes)
+    kind = parallel_kind(parameter)
+    if isinstance(parameter.module, VocabParallelEmbedding):
+        rows = torch.arange(parameter.parameter.shape[1]).numpy()
+        return [Part(table.hf_names(parameter)[0], rows, rows, len(rows))]
+    if kind == "column":
+        return table.parts(parameter)
+    if kind == "special":
+        part = table.expert_part(parameter) if parameter.is_expert else None
+        if part is None:
+            raise ConfigError(
+                f"lora cannot be put on {parameter.mapping.hf_param}: its mapping "
+                f"({type(parameter.mapping).__name__}) is more than a split of rows, or is split "
+                f"over expert TP (etp={table.groups.mesh.etp})",
+                hint="leave it out with exclude_modules, or use etp=1",
+            )
+        return [part]
     rows = torch.arange(parameter.parameter.shape[0]).numpy()
-    return [Part(names[0], rows, rows)]
+    return [Part(table.hf_names(parameter)[0], rows, rows, len(rows))]
 
 
 def _kind(parameter: LocalParameter) -> str:
+    """Return how the linear is split; an expert whose mapping is special is not split at all."""
     kind = parallel_kind(parameter)
-    if kind == "special":
-        raise ConfigError(
-            f"lora cannot be put on {parameter.mapping.hf_param}: its mapping "
-            f"({type(parameter.mapping).__name__}) is more than a split of rows",
-            hint="leave it out with exclude_modules",
-        )
-    return kind
+    return "column" if kind == "special" else kind
 
 
 def _shape(table: ParameterTable, parameter: LocalParameter) -> LinearShape:
     out_features, in_features = parameter.parameter.shape
-    groups = table.groups
+    groups, kind = table.groups, _kind(parameter)
     group = groups.expert_tp if parameter.is_expert else groups.tp
+    total = in_features * group.size() if kind == "row" else in_features
+    if isinstance(parameter.module, VocabParallelEmbedding):
+        kind, in_features, out_features = "embedding", out_features, in_features
+        total = table.hf_shape(table.hf_names(parameter)[0])[0]
     return LinearShape(
-        kind=_kind(parameter),
+        kind=kind,
         is_expert=parameter.is_expert,
         in_features=in_features,
         out_features=out_features,
         tp_group=group,
         sequence_parallel=not parameter.is_expert and groups.mesh.tp > 1,
+        total_in_features=total,
     )
 
 
-def _check_experts(
-    parameters: Sequence[LocalParameter], per_weight: Sequence[Sequence[Part]], spec: LoraSpec
-) -> None:
-    if not parameters[0].is_expert:
-        return
-    counts = {len(parts) for parts in per_weight}
-    names = [hf_module(part.hf_name) for parts in per_weight for part in parts]
-    places: Mapping[str, set[tuple[int, float]]] = {}
-    for name in names:
-        key = re.sub(r"\d+", "*", name.rpartition("experts.")[2])
-        places.setdefault(key, set()).add((spec.rank_of(name), spec.scale_of(name)))  # type: ignore[attr-defined]
-    if len(counts) > 1 or any(len(kinds) > 1 for kinds in places.values()):
+def _check_experts(modules: Sequence[Sequence[str]], spec: LoraSpec) -> None:
+    """Raise ConfigError unless all experts of a layer are adapted alike."""
+    kinds: dict[str, set[tuple[int, float]]] = {}
+    for name in (module for of_expert in modules for module in of_expert):
+        kinds.setdefault(name.rpartition(".")[2], set()).add(
+            (spec.rank_of(name), spec.scale_of(name))
+        )
+    if len({len(of_expert) for of_expert in modules}) > 1 or any(
+        len(k) > 1 for k in kinds.values()
+    ):
         raise ConfigError(
             "the experts of one layer must have the same lora targets, rank and alpha: "
-            f"{parameters[0].mapping.hf_param}"
+            f"{modules[0][0] if modules[0] else modules[1][0]} and its siblings differ"
         )
-    leaves = {name.rpartition(".")[2] for name in names}
-    if ("gate_proj" in leaves) != ("up_proj" in leaves):
+    if ("gate_proj" in kinds) != ("up_proj" in kinds):
         raise ConfigError(
-            f"experts' gate_proj and up_proj must be targeted together: got {sorted(leaves)}",
+            f"experts' gate_proj and up_proj must be targeted together: got {sorted(kinds)}",
             hint="Transformers holds them as one tensor, and PEFT refuses one without the other",
         )
 
 
 def _attach(first: LocalParameter, linear: LoraLinear, name: str, active: ActiveAdapter) -> None:
-    module = first.module
+    module: Any = first.module
     if not hasattr(module, "lora"):
         module.lora = torch.nn.ModuleDict()
         if hasattr(module, "return_layernorm_output"):
             module.return_layernorm_output = True
-        hook = _expert_hook if first.is_expert else _linear_hook
-        module.register_forward_hook(_with_active(hook, active))
+        _add_hook(module, linear, active)
     module.lora[name] = linear
 
 
-def _with_active(hook: Callable[..., Any], active: ActiveAdapter) -> Callable[..., Any]:
-    def run(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapter) -> None:
+    def lora() -> Any:
         name = active.name
-        lora = module.lora[name] if name is not None and name in module.lora else None
-        return hook(lora, args, output)
+        return module.lora[name] if name is not None and name in module.lora else None
 
-    return run
+    if isinstance(module, Router):
+        gating = module.gating
+        module.gating = lambda x: gating(x) if lora() is None else _add(gating(x), lora()(x))
+        return
+    hook = _linear_hook
+    if isinstance(linear, GroupedLoraLinear):
+        hook = _expert_hook
+    elif isinstance(linear, EmbeddingLora):
+        hook = _embedding_hook
+    module.register_forward_hook(lambda _, args, output: hook(lora(), args, output))
+
+
+def _add(out: Tensor, delta: Tensor) -> Tensor:
+    return out + delta.to(out.dtype).view_as(out)
+
+
+def _embedding_hook(lora: EmbeddingLora | None, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output if lora is None else output + lora.forward_tokens(args[0])
 
 
 def _linear_hook(lora: LoraLinear | None, args: tuple[Any, ...], output: Any) -> Any:

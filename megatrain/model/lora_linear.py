@@ -7,6 +7,7 @@ sum of ranks over the parts of a fused linear (q, k, v; gate, up), t the TP size
   column       (R, I)           (rows here, R)    A
   row          (R, I/t)         (O, R)            B
   replicated   (R, I)           (O, R)            A and B (tokens are split by sequence parallelism)
+  embedding    (R, I/t)         (O, R)            B   (I is the vocabulary)
 
 Column: h = x A^T on this rank's tokens, gathered over TP (small), then B.  Row: h is a partial sum,
 reduce-scattered over TP, then B.  Experts: no communication here; the token dispatcher sums over
@@ -48,7 +49,7 @@ class LinearShape:
     """How a Megatron linear is split, as far as LoRA must know it."""
 
     kind: str
-    """column, row or replicated."""
+    """column, row, replicated or embedding."""
     is_expert: bool
     in_features: int
     """On this rank."""
@@ -57,6 +58,12 @@ class LinearShape:
     tp_group: Any
     """Ranks that hold the other slices (expert TP for experts)."""
     sequence_parallel: bool
+    total_in_features: int
+    """Of the whole linear, without padding; an embedding's are its vocabulary."""
+
+    def is_split(self, letter: str) -> bool:
+        """Tell whether factor A or B is split over the tensor parallel ranks."""
+        return (self.kind, letter) in (("column", "B"), ("row", "A"), ("embedding", "A"))
 
 
 class LoraLinear(torch.nn.Module):
@@ -118,6 +125,27 @@ class LoraLinear(torch.nn.Module):
             block = b.new_zeros(self.shape.out_features, part.rank)
             blocks.append(block.index_copy(0, getattr(self, f"places{index}"), b * part.scale))
         return torch.cat(blocks, 1)
+
+
+class EmbeddingLora(LoraLinear):
+    """The factors of one adapter on the token embedding: A is looked up, not multiplied."""
+
+    def forward_tokens(self, ids: Tensor) -> Tensor:
+        """Return the delta for token ids (1, T): (1, T, O), or (T/t, 1, O) split over TP.
+
+        Collective over TP.
+        """
+        first = self.shape.tp_group.rank() * self.shape.in_features
+        rows = ids - first
+        here = (rows >= 0) & (rows < self.shape.in_features)
+        table = self.lora_A[0].T
+        h = torch.nn.functional.embedding(rows.masked_fill(~here, 0), table)
+        h = h * here.unsqueeze(-1).to(h.dtype)
+        if self.shape.sequence_parallel:
+            h = reduce_scatter_to_sequence_parallel_region(
+                h.transpose(0, 1).contiguous(), group=self.shape.tp_group
+            )
+        return self._expand(h)
 
 
 class GroupedLoraLinear(LoraLinear):

@@ -167,9 +167,7 @@ def _check_experts(mesh: DeviceMesh, provider: Any) -> None:
             )
         return
     if experts % mesh.ep:
-        raise LayoutError(
-            f"ep must divide the number of experts: ep={mesh.ep}, experts={experts}"
-        )
+        raise LayoutError(f"ep must divide the number of experts: ep={mesh.ep}, experts={experts}")
     width = provider.moe_ffn_hidden_size
     if width is not None and width % mesh.etp:
         raise LayoutError(f"etp must divide the experts' width: etp={mesh.etp}, width={width}")

@@ -74,9 +74,7 @@ class Trainer:
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         optimizer = self.trained[name].optimizer
         if optimizer is None:
-            raise StateError(
-                f"adapter {name!r} has no optimizer", hint="call set_optimizer first"
-            )
+            raise StateError(f"adapter {name!r} has no optimizer", hint="call set_optimizer first")
         return optimizer
 
     def forward_backward(self, name: str, inputs: Sequence[InputFeature]) -> StepOutput:

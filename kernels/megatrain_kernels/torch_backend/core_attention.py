@@ -24,9 +24,7 @@ class PackedSequences(PackedSeqParams):
     """Where each token's key is among the keys gathered over context parallel ranks."""
 
 
-def packed_sequences(
-    lengths: list[int], *, cp_group: Any, device: torch.device
-) -> PackedSequences:
+def packed_sequences(lengths: list[int], *, cp_group: Any, device: torch.device) -> PackedSequences:
     """Describe whole sequences of these lengths; with CP each is a multiple of 2 * cp."""
     cp_size, cp_rank = cp_group.size(), cp_group.rank()
     ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0).to(torch.int32)

@@ -36,7 +36,9 @@ class TorchNorm(torch.nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__()
         self.config, self.eps = config, eps
-        self.weight = _parameter(hidden_size, float(not config.layernorm_zero_centered_gamma), config)
+        self.weight = _parameter(
+            hidden_size, float(not config.layernorm_zero_centered_gamma), config
+        )
         has_bias = config.normalization == "LayerNorm"
         self.bias = _parameter(hidden_size, 0.0, config) if has_bias else None
 

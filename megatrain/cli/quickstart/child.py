@@ -7,6 +7,7 @@ read from a file of JSON lines.
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from megatrain import errors
 from megatrain.errors import MegatrainError
 
+LOOPBACK = {"lo", "lo0"}
+"""Names of the loopback interface on Linux and macOS."""
 POLL_S = 0.1
 STOP_TIMEOUT_S = 15.0
 """Seconds that a child gets to end its own children before it is killed."""
@@ -128,6 +131,8 @@ def _environment(processes: int) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if loopback := LOOPBACK & {name for _, name in socket.if_nameindex()}:
+        settings["GLOO_SOCKET_IFNAME"] = min(loopback)
     return os.environ | settings
 
 

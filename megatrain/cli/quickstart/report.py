@@ -7,15 +7,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from megatrain.cli.quickstart.job import Job  # noqa: E402
-from megatrain.errors import ExportError, StateError  # noqa: E402
+from megatrain.cli.quickstart.job import Job
+from megatrain.errors import ExportError, StateError
 
 ENDS = 5
 """Steps that loss_first and loss_last are means of, or fewer if there are fewer."""
@@ -114,7 +112,8 @@ def check_report(report: Report) -> None:
 def plot_loss(metrics: list[dict[str, float]], path: Path, *, title: str) -> None:
     """Draw the loss of every step and its smoothed course."""
     steps, raw = [step["step"] for step in metrics], [step["loss"] for step in metrics]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, raw, color="tab:blue", alpha=0.35, marker=".", label="loss of a batch")
     axes.plot(steps, smooth(raw), color="tab:blue", linewidth=2, label="smoothed")
     axes.set(title=title, xlabel="optimizer step", ylabel="loss per assistant token (nats)")
@@ -122,7 +121,6 @@ def plot_loss(metrics: list[dict[str, float]], path: Path, *, title: str) -> Non
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -143,7 +141,7 @@ def print_summary(
     for column in ("question", "base", "base + adapter", "wanted"):
         table.add_column(column, overflow="fold")
     for sample in samples[:SHOWN_SAMPLES]:
-        table.add_row(*(sample[key] for key in ("question", "before", "after", "wanted")))
+        table.add_row(*(escape(sample[key]) for key in ("question", "before", "after", "wanted")))
     console.print(table)
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(report, job):

@@ -1,0 +1,33 @@
+"""The `megatrain` command.  Importing it imports no torch, so that `--help` answers at once."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatrain import __version__
+from megatrain.cli import doctor
+from megatrain.cli.bench import command as bench
+from megatrain.cli.quickstart import command as quickstart
+from megatrain.errors import MegatrainError
+
+COMMANDS = (quickstart, bench, doctor)
+"""Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; a user's mistake is one line, not a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="megatrain",
+        description="Megatron-first LoRA training: Hugging Face in, PEFT out, on any machine.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatrain {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except MegatrainError as error:
+        sys.stderr.write(f"megatrain {args.command}: {type(error).__name__}: {error}\n")
+        return 1
+    return status

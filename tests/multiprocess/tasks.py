@@ -1,0 +1,99 @@
+"""What ranks do for the tests.  Every function runs on each rank of a mesh."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import megatrain
+from tests.multiprocess.data import Batch
+
+LORA = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False}
+"""A and B both random, so that every gradient is something."""
+
+
+def make_model(
+    folder: Any, lora: dict[str, Any] | None = None, accumulate: int = 1, **options: Any
+) -> Any:
+    """Return a float32 MegatronModel with an adapter (none for an empty `lora`)."""
+    model = megatrain.MegatronModel(str(folder), mixed_precision="no", **options)
+    lora = LORA if lora is None else lora
+    if lora:
+        model.add_adapter_to_model("default", lora, gradient_accumulation_steps=accumulate)
+    return model
+
+
+def call(name: str, *args: Any, **options: Any) -> Any:
+    """Call `module:function`."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)(*args, **options)
+
+
+def error_of(function: Callable[[], object]) -> tuple[list[str], str] | None:
+    """Return the names of the error's classes and its text, or None if there was none."""
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - the test looks at what it is
+        return [kind.__name__ for kind in type(error).__mro__], str(error)
+    return None
+
+
+@torch.no_grad()
+def reduced_gradient(model: Any) -> dict[str, torch.Tensor] | None:
+    """Return the whole gradient by factor name on rank 0, as the optimizer would see it.
+
+    Gradients take the place of master weights for one gathering of the adapter.  Collective.
+    """
+    model.clip_grad_norm(0)
+    shards = model._trainer.trained["default"].gradients.shards
+    masters = [shard.master_Q.detach().clone() for shard in shards]
+    for shard in shards:
+        shard.master_Q.copy_(shard.master_Q.grad)
+        shard.write_parameters()
+    gradient = model.get_state_dict()
+    for shard, master in zip(shards, masters, strict=True):
+        shard.master_Q.copy_(master)
+        shard.write_parameters()
+    return gradient
+
+
+def layout_report(folder: Any, batches: Sequence[Batch], output_dir: str) -> dict[str, Any]:
+    """Return everything that must not depend on the layout."""
+    model = make_model(folder)
+    report: dict[str, Any] = {"initial": model.get_state_dict()}
+    report["base"] = model.forward_only(inputs=batches[0], adapter_name="").logps
+    model.set_optimizer("AdamW", lr=1e-4)
+    first = model.forward_backward(inputs=batches[0])
+    report["gradient"] = reduced_gradient(model)
+    model.zero_grad()
+    report["after_gradient"] = model.get_state_dict()
+    outputs, norms = [first], []
+    for batch in batches:
+        outputs.append(model.forward_backward(inputs=batch))
+        norms.append(model.clip_grad_and_step())
+    last = model.forward_only(inputs=batches[0])
+    report |= {
+        "losses": [output.loss for output in outputs],
+        "logps": [output.logps for output in [*outputs, last]],
+        "norms": norms,
+        "adapter": model.get_state_dict(),
+        "saved": model.save("adapter", output_dir=output_dir),
+    }
+    return report
+
+
+def base_logps(folder: Any, batch: Batch, options: dict[str, Any] | None = None) -> Any:
+    """Return the base model's output for a batch."""
+    return make_model(folder, {}, **(options or {})).forward_only(inputs=batch).logps
+
+
+def three_steps(folder: Any, lora: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
+    """Return an adapter before and after an AdamW step at lr 1e-4 for each batch."""
+    model = make_model(folder, lora)
+    model.set_optimizer("AdamW", lr=1e-4)
+    initial, losses = model.get_state_dict(), []
+    for batch in batches:
+        losses.append(model.forward_backward(inputs=batch).loss)
+        model.clip_grad_and_step(max_grad_norm=1.0)
+    return {"initial": initial, "losses": losses, "adapter": model.get_state_dict()}
