@@ -1,20 +1,22 @@
 """A model on Megatron, as a script sees it.  Every rank calls the same methods in the same order."""
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatrain.api.metrics import Metrics
 from megatrain.api.session import current_session
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError, StateError
 from megatrain.types import InputFeature, StepOutput
 
-ADAPTER = "default"
-"""The adapter that methods mean when none is named."""
+BASE = ""
+"""Stands for the base model where an adapter is named."""
 
 
 class MegatronModel:
@@ -40,7 +42,7 @@ class MegatronModel:
         self._engine = local
         self._trainer = local.open_model(str(model_id), config, self._session)
         self._network = self._trainer.network
-        self._metrics = _Metrics()
+        self._metrics: defaultdict[str, Metrics] = defaultdict(Metrics)
 
     def add_adapter_to_model(
         self,
@@ -62,30 +64,35 @@ class MegatronModel:
         self._trainer.add(adapter_name, accumulation_steps=gradient_accumulation_steps)
 
     def set_optimizer(
-        self, optimizer_cls: str = "AdamW", *, adapter_name: str = ADAPTER, **options: Any
+        self, optimizer_cls: str = "AdamW", *, adapter_name: str | None = None, **options: Any
     ) -> None:
-        """Choose AdamW, Adam or SGD with torch's own options (lr, betas, eps, weight_decay, ...)."""
-        self._check(adapter_name)
-        self._trainer.set_optimizer(adapter_name, optimizer_cls, options)
+        """Choose AdamW, Adam or SGD with torch's own options (lr, betas, eps, weight_decay, ...).
+
+        On a model without adapters, all parameters are trained from here on.
+        """
+        if adapter_name is None and not self._trainer.trained:
+            adapter_name = BASE
+            self._trainer.add(BASE)
+        self._trainer.set_optimizer(self._name(adapter_name), optimizer_cls, options)
 
     def set_lr_scheduler(
-        self, scheduler_cls: str, *, adapter_name: str = ADAPTER, **options: Any
+        self, scheduler_cls: str, *, adapter_name: str | None = None, **options: Any
     ) -> None:
         """Choose a schedule: ConstantWarmupScheduler, LinearWarmupScheduler, CosineWarmupScheduler.
 
         Options: num_warmup_steps, and num_training_steps for linear and cosine.
         """
-        self._check(adapter_name)
-        self._trainer.set_schedule(adapter_name, scheduler_cls, options)
+        name = self._name(adapter_name)
+        self._trainer.set_schedule(name, scheduler_cls, options)
 
     def forward_backward(
-        self, *, inputs: Sequence[InputFeature], adapter_name: str = ADAPTER
+        self, *, inputs: Sequence[InputFeature], adapter_name: str | None = None
     ) -> StepOutput:
         """Add the gradients of a global batch to an adapter; return its loss and log-probabilities."""
-        self._check(adapter_name)
+        name = self._name(adapter_name)
         start = time.perf_counter()
-        output = self._trainer.forward_backward(adapter_name, inputs)
-        self._metrics.add(output, inputs, time.perf_counter() - start)
+        output = self._trainer.forward_backward(name, inputs)
+        self._metrics[name].add(output, inputs, time.perf_counter() - start)
         return output
 
     def forward_only(
@@ -95,137 +102,110 @@ class MegatronModel:
 
         `adapter_name` "" asks for the base although there are adapters.
         """
-        if adapter_name is None:
-            adapter_name = ADAPTER if ADAPTER in self._network.adapters else ""
-        if adapter_name:
-            self._check(adapter_name)
-        return self._trainer.forward_only(adapter_name or None, inputs)
+        base = adapter_name == BASE or (adapter_name is None and not self._trainer.trained)
+        name = BASE if base else self._name(adapter_name)
+        return self._trainer.forward_only(name, inputs)
 
     def clip_grad_and_step(
-        self, max_grad_norm: float = 1.0, *, adapter_name: str = ADAPTER
+        self, max_grad_norm: float = 1.0, *, adapter_name: str | None = None
     ) -> float | None:
         """Clip, step, zero and move the schedule, on every n-th call; return the norm before."""
-        self._check(adapter_name)
-        norm = self._trainer.clip_grad_and_step(adapter_name, max_grad_norm)
-        self._metrics.grad_norm = norm if norm is not None else self._metrics.grad_norm
+        name = self._name(adapter_name)
+        norm = self._trainer.clip_grad_and_step(name, max_grad_norm)
+        if norm is not None:
+            self._metrics[name].grad_norm = norm
         return norm
 
-    def clip_grad_norm(self, max_grad_norm: float = 1.0, *, adapter_name: str = ADAPTER) -> float:
+    def clip_grad_norm(
+        self, max_grad_norm: float = 1.0, *, adapter_name: str | None = None
+    ) -> float:
         """Sum gradients over ranks, clip their global norm, return it as it was."""
-        self._check(adapter_name)
-        norm = self._trainer.clip_grad_norm(adapter_name, max_grad_norm)
-        self._metrics.grad_norm = norm
+        name = self._name(adapter_name)
+        norm = self._trainer.clip_grad_norm(name, max_grad_norm)
+        self._metrics[name].grad_norm = norm
         return norm
 
-    def step(self, *, adapter_name: str = ADAPTER) -> None:
+    def step(self, *, adapter_name: str | None = None) -> None:
         """Let the optimizer change the adapter."""
-        self._check(adapter_name)
-        self._trainer.step(adapter_name)
+        name = self._name(adapter_name)
+        self._trainer.step(name)
 
-    def zero_grad(self, *, adapter_name: str = ADAPTER) -> None:
+    def zero_grad(self, *, adapter_name: str | None = None) -> None:
         """Forget the gradients."""
-        self._check(adapter_name)
-        self._trainer.trained[adapter_name].gradients.zero()
+        name = self._name(adapter_name)
+        self._trainer.trained[name].gradients.zero()
 
-    def lr_step(self, *, adapter_name: str = ADAPTER) -> None:
+    def lr_step(self, *, adapter_name: str | None = None) -> None:
         """Move the learning rate schedule on."""
-        self._check(adapter_name)
-        self._trainer.lr_step(adapter_name)
+        name = self._name(adapter_name)
+        self._trainer.lr_step(name)
 
     def calculate_metric(
-        self, is_training: bool = True, *, adapter_name: str = ADAPTER
+        self, is_training: bool = True, *, adapter_name: str | None = None
     ) -> dict[str, float]:
         """Return metrics of the training calls since the last time, and start anew.
 
         Keys: loss (mean over label tokens), tokens, label_tokens, tokens_per_second, and, once
         known, lr, grad_norm, step.
         """
-        self._check(adapter_name)
+        name = self._name(adapter_name)
         if not is_training:
             raise ConfigError(
                 "calculate_metric has training metrics only: is_training=False",
                 hint="forward_only returns loss and logps of an evaluation batch",
             )
-        trained = self._trainer.trained[adapter_name]
-        result = self._metrics.take()
+        trained = self._trainer.trained[name]
+        result = self._metrics[name].take()
         if trained.optimizer is not None:
             result["lr"] = float(trained.optimizer.param_groups[0]["lr"])
         result["step"] = float(trained.step)
         return result
 
-    def get_train_configs(self, *, adapter_name: str = ADAPTER) -> str:
+    def get_train_configs(self, *, adapter_name: str | None = None) -> str:
         """Return one line that says what is trained, how, and on which layout."""
-        self._check(adapter_name)
-        trained, spec = (
-            self._trainer.trained[adapter_name],
-            self._network.adapters[adapter_name].spec,
-        )
+        name = self._name(adapter_name)
+        trained = self._trainer.trained[name]
         mesh, config = self._session.groups.mesh, self._network.config
+        what = "all parameters"
+        if name != BASE:
+            spec = self._network.adapters[name].spec
+            what = (
+                f"adapter={name} r={spec.r} lora_alpha={spec.lora_alpha} "
+                f"target_modules={spec.target_modules}"
+            )
         optimizer = type(trained.optimizer).__name__ if trained.optimizer else "none"
         return (
             f"model={self.model_id} layout={mesh.describe()} "
-            f"mixed_precision={config.mixed_precision} adapter={adapter_name} r={spec.r} "
-            f"lora_alpha={spec.lora_alpha} target_modules={spec.target_modules} "
-            f"optimizer={optimizer} gradient_accumulation_steps={trained.accumulation_steps}"
+            f"mixed_precision={config.mixed_precision} {what} optimizer={optimizer} "
+            f"gradient_accumulation_steps={trained.accumulation_steps}"
         )
 
-    def get_state_dict(self, *, adapter_name: str = ADAPTER) -> dict[str, Any] | None:
-        """Return the whole adapter by Hugging Face names on rank 0, None elsewhere.  Collective."""
-        self._check(adapter_name)
-        return self._engine.gather_adapter(
-            self._network.adapters[adapter_name], self._session.groups
-        )
+    def get_state_dict(self, *, adapter_name: str | None = None) -> dict[str, Any] | None:
+        """Return what is trained by Hugging Face's names on rank 0, None elsewhere.  Collective."""
+        return self._engine.state_dict(self._trainer, self._name(adapter_name))
 
     def save(
-        self, name: str, output_dir: str | Path = "output", *, adapter_name: str = ADAPTER
+        self, name: str, output_dir: str | Path = "output", *, adapter_name: str | None = None
     ) -> str:
-        """Write the adapter as a PEFT directory `output_dir/name`, verify it, return its path.
+        """Write what is trained to `output_dir/name`, verify it, return its path.  Collective.
 
-        Raises ExportError, and leaves what was there before, if the file does not hold what was
-        trained.  Collective.
+        An adapter becomes a PEFT directory; a model that is trained as a whole, a Hugging Face
+        checkpoint.  Raises ExportError, and leaves what was there before, if the file does not
+        hold what was trained.
         """
-        self._check(adapter_name)
         directory = Path(output_dir) / name
-        self._engine.save_adapter(
-            directory,
-            self._network.adapters[adapter_name],
-            self._session.groups,
-            base_model=self.model_id,
-            folder=self._network.folder,
-        )
+        self._engine.save(self._trainer, self._name(adapter_name), directory, self.model_id)
         return str(directory)
 
-    def _check(self, adapter_name: str) -> None:
-        if adapter_name not in self._network.adapters:
-            known = ", ".join(self._network.adapters) or "none"
+    def _name(self, adapter_name: str | None) -> str:
+        """Return the adapter that is meant: the first one if none is named, or the base."""
+        known = self._trainer.trained
+        if adapter_name is None and known:
+            return next(iter(known))
+        if adapter_name is None or adapter_name not in known:
+            names = ", ".join(repr(name) for name in known) or "none"
             raise StateError(
-                f"there is no adapter called {adapter_name!r}; known: {known}",
-                hint="call add_adapter_to_model first",
+                f"there is no adapter called {adapter_name!r}; known: {names}",
+                hint="call add_adapter_to_model first, or set_optimizer to train all parameters",
             )
-
-
-class _Metrics:
-    """Sums over the calls since the last report."""
-
-    def __init__(self) -> None:
-        self.grad_norm: float | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self.loss_sum, self.label_tokens, self.tokens, self.seconds = 0.0, 0, 0, 0.0
-
-    def add(self, output: StepOutput, inputs: Sequence[InputFeature], seconds: float) -> None:
-        self.loss_sum += output.loss * output.num_tokens
-        self.label_tokens += output.num_tokens
-        self.tokens += sum(len(item["input_ids"]) for item in inputs)
-        self.seconds += seconds
-
-    def take(self) -> dict[str, float]:
-        result = {"tokens": float(self.tokens), "label_tokens": float(self.label_tokens)}
-        if self.label_tokens:
-            result["loss"] = self.loss_sum / self.label_tokens
-            result["tokens_per_second"] = self.tokens / self.seconds
-        if self.grad_norm is not None:
-            result["grad_norm"] = self.grad_norm
-        self._reset()
-        return result
+        return adapter_name

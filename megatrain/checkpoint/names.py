@@ -123,13 +123,13 @@ class ParameterTable:
                 ep=_Alone(1),
             )
         )
+        self.is_tied = bool(getattr(chunks[0], "share_embeddings_and_output_weights", False))
         self.parameters = [p for i, chunk in enumerate(chunks) for p in self._of_chunk(i, chunk)]
 
     def _of_chunk(self, index: int, chunk: torch.nn.Module) -> Iterator[LocalParameter]:
-        tied = getattr(chunk, "share_embeddings_and_output_weights", False)
         modules = dict(chunk.named_modules())
         for local_name, parameter in chunk.named_parameters():
-            if tied and local_name == "output_layer.weight":
+            if self.is_tied and local_name == "output_layer.weight":
                 local_name_in_table = "embedding.word_embeddings.weight"
             else:
                 local_name_in_table = local_name

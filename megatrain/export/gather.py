@@ -1,147 +1,141 @@
-"""Bring an adapter that is spread over ranks to rank 0, whole and under Hugging Face's names.
+"""Bring tensors that are spread over ranks to rank 0, whole and under Hugging Face's names.
 
-Memory beyond the adapter itself: one more copy of what a rank holds, in full rows and columns.
-No pickle: names and shapes travel as JSON, values as raw bytes, over Gloo.
+Memory beyond what a rank holds: one batch of whole tensors.  No pickle: names and shapes travel as
+JSON, values as raw bytes, over Gloo.
 """
 
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.errors import ExportError
-from megatrain.export.peft_adapter import write_adapter
-from megatrain.model.adapter import Adapter, Factor
+from megatrain.model.tensor_slice import TensorSlice
 from megatrain.parallel.groups import Groups
 
+BATCH_BYTES = 1 << 30
+"""Whole tensors that are put together at a time."""
 
-def gather_adapter(adapter: Adapter, groups: Groups) -> dict[str, Tensor] | None:
-    """Return every factor by name on rank 0 (on the CPU), None elsewhere.  Collective.
 
-    Names are `<Hugging Face module>.lora_A` and `.lora_B`; dtypes are those of training.
+def gather(slices: Iterable[TensorSlice], groups: Groups) -> dict[str, Tensor] | None:
+    """Return every tensor by name, sorted, on rank 0's CPU; None elsewhere.  Collective."""
+    result: dict[str, Tensor] = {}
+    for batch in stream(slices, groups):
+        twice = result.keys() & batch.keys()
+        if twice:
+            raise ExportError(f"two ranks both own {sorted(twice)[:5]}")
+        result.update(batch)
+    return dict(sorted(result.items())) if groups.rank == 0 else None
+
+
+def stream(
+    slices: Iterable[TensorSlice], groups: Groups, *, batch_bytes: int = BATCH_BYTES
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of whole tensors on rank 0's CPU, nothing elsewhere.
+
+    Collective over all ranks, each of which must run it to its end.
     """
-    owned: dict[str, Tensor] = {}
-    for is_expert in (False, True):
-        factors = [f for f in adapter.factors() if f.is_expert == is_expert]
-        whole = _over_tp(factors, groups.expert_tp if is_expert else groups.tp)
-        if _is_owner(groups, is_expert=is_expert):
-            owned.update(whole)
-    return _to_rank_0(owned, groups)
+    mine = _own_batches(slices, groups, batch_bytes)
+    if groups.rank == 0:
+        yield from mine
+        for rank in range(1, groups.mesh.world_size):
+            yield from _receive(rank, groups)
+    else:
+        for batch in mine:
+            _send(batch, groups)
+        _send({}, groups)
 
 
-def _is_owner(groups: Groups, *, is_expert: bool) -> bool:
-    """Tell whether this rank speaks for all that hold the same factors."""
-    tp, data = (groups.expert_tp, groups.expert_data) if is_expert else (groups.tp, groups.data)
-    return bool(tp.rank() == 0 and data.rank() == 0)
+def _own_batches(
+    slices: Iterable[TensorSlice], groups: Groups, batch_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield whole tensors that this rank speaks for.  Collective over (expert) TP."""
+    for batch in _batches(slices, batch_bytes):
+        owned: dict[str, Tensor] = {}
+        for is_expert, dtype in sorted({(s.is_expert, s.value.dtype) for s in batch}, key=str):
+            members = [s for s in batch if (s.is_expert, s.value.dtype) == (is_expert, dtype)]
+            tp = groups.expert_tp if is_expert else groups.tp
+            data = groups.expert_data if is_expert else groups.data
+            whole = _over_tp(members, tp)
+            if tp.rank() == 0 and data.rank() == 0:
+                owned.update(whole)
+        if owned:
+            yield owned
 
 
-def _over_tp(factors: Sequence[Factor], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """Return whole factors on the CPU.  Collective over `group`.
+def _batches(slices: Iterable[TensorSlice], batch_bytes: int) -> Iterator[list[TensorSlice]]:
+    batch: list[TensorSlice] = []
+    size = 0
+    for each in slices:
+        num_bytes = math.prod(each.full_shape) * each.value.element_size()
+        if batch and size + num_bytes > batch_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
+        size += num_bytes
+    if batch:
+        yield batch
+
+
+def _over_tp(slices: Sequence[TensorSlice], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Return whole tensors on the CPU.  Collective over `group`.
 
     Each rank writes its own rows or columns into zeros; the sum over ranks is exact.
     """
-    if not factors:
+    if not slices:
         return {}
-    sizes = [math.prod(factor.full_shape) for factor in factors]
-    first = factors[0].value
+    sizes = [math.prod(each.full_shape) for each in slices]
+    first = slices[0].value
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
     result = {}
-    for factor, piece in zip(factors, flat.split(sizes), strict=True):
-        whole = piece.view(factor.full_shape)
-        if factor.dim is None or factor.index is None:
+    for each, piece in zip(slices, flat.split(sizes), strict=True):
+        whole = piece.view(each.full_shape)
+        if each.dim is None or each.index is None:
             if group.rank() == 0:
-                whole.copy_(factor.value)
+                whole.copy_(each.value)
         else:
-            whole.index_copy_(factor.dim, factor.index.to(whole.device), factor.value)
-        result[factor.name] = whole
+            whole.index_copy_(each.dim, each.index.to(whole.device), each.value)
+        result[each.name] = whole
     if group.size() > 1:
         dist.all_reduce(flat, group=group)
     return {name: whole.cpu() for name, whole in result.items()}
 
 
-def _to_rank_0(owned: dict[str, Tensor], groups: Groups) -> dict[str, Tensor] | None:
-    """Collect disjoint sets of named tensors on rank 0.  Collective over all ranks."""
+def _send(batch: dict[str, Tensor], groups: Groups) -> None:
     header = [
-        [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in owned.items()
+        [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in batch.items()
     ]
     meta = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-    body = (
-        torch.cat([_bytes(t) for t in owned.values()])
-        if owned
-        else torch.empty(0, dtype=torch.uint8)
-    )
-    world = groups.mesh.world_size
-    sizes = torch.zeros(world, 2, dtype=torch.int64)
-    sizes[groups.rank] = torch.tensor([meta.numel(), body.numel()])
-    dist.all_reduce(sizes, group=groups.control)
-    if groups.rank != 0:
-        if owned:
-            dist.send(meta, 0, group=groups.control)
-            dist.send(body, 0, group=groups.control)
-        return None
-    result = dict(owned)
-    for rank in range(1, world):
-        num_meta, num_body = sizes[rank].tolist()
-        if num_body:
-            meta, body = (torch.empty(n, dtype=torch.uint8) for n in (num_meta, num_body))
-            dist.recv(meta, rank, group=groups.control)
-            dist.recv(body, rank, group=groups.control)
-            _merge(result, meta, body)
-    return dict(sorted(result.items()))
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in batch.values()]
+    body = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    dist.send(torch.tensor([meta.numel(), body.numel()]), 0, group=groups.control)
+    if batch:
+        dist.send(meta, 0, group=groups.control)
+        dist.send(body, 0, group=groups.control)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _receive(rank: int, groups: Groups) -> Iterator[dict[str, Tensor]]:
+    """Yield what `rank` sends until it sends nothing."""
+    while True:
+        sizes = torch.empty(2, dtype=torch.int64)
+        dist.recv(sizes, rank, group=groups.control)
+        num_meta, num_body = sizes.tolist()
+        if not num_body:
+            return
+        meta, body = (torch.empty(n, dtype=torch.uint8) for n in (num_meta, num_body))
+        dist.recv(meta, rank, group=groups.control)
+        dist.recv(body, rank, group=groups.control)
+        yield _unpack(meta, body)
 
 
-def _merge(result: dict[str, Tensor], meta: Tensor, body: Tensor) -> None:
-    start = 0
+def _unpack(meta: Tensor, body: Tensor) -> dict[str, Tensor]:
+    result, start = {}, 0
     for name, shape, dtype_name in json.loads(bytes(meta.numpy()).decode()):
-        if name in result:
-            raise ExportError(f"two ranks both own {name!r}")
         dtype = getattr(torch, dtype_name)
         size = math.prod(shape) * dtype.itemsize
         result[name] = body[start : start + size].clone().view(dtype).view(shape)
         start += size
-
-
-def save_adapter(
-    directory: Path, adapter: Adapter, groups: Groups, *, base_model: str, folder: Path
-) -> None:
-    """Write the adapter as a verified PEFT directory.  Collective over all ranks.
-
-    `base_model` is the name that goes into adapter_config.json, `folder` the checkpoint itself.
-    Raises ExportError on every rank if rank 0 could not write or verify the file.
-    """
-    tensors = gather_adapter(adapter, groups)
-    failure = ""
-    if tensors is not None:
-        try:
-            hf_config = json.loads((folder / "config.json").read_text())
-            write_adapter(
-                directory,
-                spec=adapter.spec,
-                tensors=tensors,
-                base_model=base_model,
-                hf_config=hf_config,
-            )
-        except (ExportError, OSError, ValueError) as error:
-            failure = str(error) or type(error).__name__
-    failure = _broadcast_text(failure, groups)
-    if failure:
-        raise ExportError(f"the adapter was not saved to {directory}: {failure}")
-
-
-def _broadcast_text(text: str, groups: Groups) -> str:
-    """Return rank 0's text on every rank.  Collective."""
-    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
-    size = torch.tensor([data.numel()])
-    dist.broadcast(size, 0, group=groups.control)
-    if groups.rank != 0:
-        data = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(data, 0, group=groups.control)
-    return bytes(data.numpy()).decode().rstrip("\0")
+    return result

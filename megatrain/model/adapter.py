@@ -3,41 +3,13 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatrain.config.lora import LoraSpec
 from megatrain.model.lora_linear import LinearShape, LoraLinear
-
-
-@dataclass(frozen=True, slots=True)
-class Factor:
-    """One matrix of an adapter as this rank holds it, and its place in the whole."""
-
-    name: str
-    """`<Hugging Face module>.lora_A` or `.lora_B`."""
-    value: Tensor
-    """This rank's slice (a view of the parameter, without gradient)."""
-    full_shape: tuple[int, int]
-    dim: int | None
-    """The dimension that is split over `group`; None if every rank holds all of it."""
-    index: Tensor | None
-    """Where this rank's slices lie along `dim` (int64)."""
-    is_expert: bool
-    is_embedding: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedParameter:
-    """A parameter with a gradient, and over which ranks that gradient is a sum."""
-
-    parameter: torch.nn.Parameter
-    is_expert: bool
-    """Over expert-data parallel ranks, and expert TP instead of TP."""
-    is_replicated: bool
-    """The same on all TP ranks, each of which holds a part of the gradient's sum."""
+from megatrain.model.tensor_slice import TensorSlice, TrainedParameter
 
 
 class Adapter:
@@ -56,48 +28,47 @@ class Adapter:
                 result += [TrainedParameter(p, shape.is_expert, replicated) for p in parameters]
         return result
 
-    def factors(self) -> Iterator[Factor]:
-        """Yield every matrix, one expert at a time."""
+    def slices(self) -> Iterator[TensorSlice]:
+        """Yield every factor, one expert at a time: `<Hugging Face module>.lora_A` or `.lora_B`."""
         for linear in self.linears.values():
-            yield from _factors(linear)
+            yield from _slices(linear)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Give every factor its initial value, which depends on (seed, name) alone."""
-        for factor in self.factors():
-            whole = initial_value(factor, self.spec, self.seed)
-            if factor.dim is not None and factor.index is not None:
-                whole = whole.index_select(factor.dim, factor.index)
-            factor.value.copy_(whole)
+        for linear in self.linears.values():
+            embedding = linear.shape.kind == "embedding"
+            for factor in _slices(linear):
+                whole = initial_value(factor, self.spec, self.seed, embedding=embedding)
+                if factor.dim is not None and factor.index is not None:
+                    whole = whole.index_select(factor.dim, factor.index)
+                factor.value.copy_(whole)
 
 
-def _factors(linear: LoraLinear) -> Iterator[Factor]:
+def _slices(linear: LoraLinear) -> Iterator[TensorSlice]:
     shape = linear.shape
-    embedding = shape.kind == "embedding"
     columns = _columns(shape) if shape.is_split("A") else None
     for part, a, b in zip(linear.parts, linear.lora_A, linear.lora_B, strict=True):
         for expert, module in enumerate(part.hf_modules):
             a_value, b_value = a.detach(), b.detach()
             if shape.is_expert:
                 a_value, b_value = a_value[expert], b_value[expert]
-            yield Factor(
+            yield TensorSlice(
                 name=f"{module}.lora_A",
                 value=a_value if columns is None else a_value[:, : len(columns)],
                 full_shape=(part.rank, shape.total_in_features),
                 dim=None if columns is None else 1,
                 index=columns,
                 is_expert=shape.is_expert,
-                is_embedding=embedding,
             )
             split = shape.is_split("B")
-            yield Factor(
+            yield TensorSlice(
                 name=f"{module}.lora_B",
                 value=b_value,
                 full_shape=(part.out_features, part.rank),
                 dim=0 if split else None,
                 index=part.rows if split else None,
                 is_expert=shape.is_expert,
-                is_embedding=embedding,
             )
 
 
@@ -108,7 +79,9 @@ def _columns(shape: LinearShape) -> Tensor:
     return torch.arange(first, max(first, last))
 
 
-def initial_value(factor: Factor, spec: LoraSpec, seed: int) -> Tensor:
+def initial_value(
+    factor: TensorSlice, spec: LoraSpec, seed: int, *, embedding: bool = False
+) -> Tensor:
     """Return a whole factor in float32 as PEFT would draw it, from (seed, name) alone.
 
     A: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(in), 1/sqrt(in)), or a normal with
@@ -119,7 +92,7 @@ def initial_value(factor: Factor, spec: LoraSpec, seed: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{factor.name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     value = torch.empty(shape)
-    if factor.is_embedding:
+    if embedding:
         return value.zero_() if is_a else value.normal_(generator=generator)
     if not is_a and spec.init_lora_weights is not False:
         return value.zero_()

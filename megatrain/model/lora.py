@@ -5,7 +5,7 @@ Delta and base meet in a forward hook, so the base's modules and parameter names
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

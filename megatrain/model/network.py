@@ -16,10 +16,12 @@ from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
 from megatrain.errors import StateError
 from megatrain.model.adapter import Adapter
+from megatrain.model.base import trained_parameters
 from megatrain.model.head import LogprobHead
 from megatrain.model.lora import ActiveAdapter, make_adapter
 from megatrain.model.microbatch import MicroBatch
 from megatrain.model.provider import make_bridge, make_provider
+from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,24 @@ class Network:
         )
         return self.adapters[name]
 
-    def activate(self, name: str | None) -> None:
-        """Choose the adapter of the next passes; None for the base alone."""
-        self.active.name = name
-        adapter = self.adapters.get(name) if name is not None else None
+    def train_base(self) -> list[TrainedParameter]:
+        """Unfreeze the base and return its parameters.
+
+        Raises StateError if there are adapters, ConfigError if the family cannot be written back.
+        """
+        if self.adapters:
+            raise StateError(
+                f"the base is frozen, since there are adapters: {', '.join(self.adapters)}"
+            )
+        parameters = trained_parameters(self.table)
+        for chunk in self.chunks:
+            chunk.requires_grad_()
+        return parameters
+
+    def activate(self, name: str) -> None:
+        """Choose the adapter of the next passes; a name that is none means the base alone."""
+        adapter = self.adapters.get(name)
+        self.active.name = name if adapter is not None else None
         head = None
         if adapter is not None:
             head = next(

@@ -50,6 +50,11 @@ class Groups:
         return self.collection.expt_dp
 
     @property
+    def embedding(self) -> dist.ProcessGroup:
+        """The first and the last pipeline stage, which both hold a tied embedding."""
+        return self.collection.embd
+
+    @property
     def is_last_stage(self) -> bool:
         """Tell whether this rank holds the last pipeline stage."""
         return bool(self.collection.pp.rank() == self.mesh.pp - 1)

@@ -61,7 +61,7 @@ def import_megatron() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401, PLC0415
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: PLC0415
 
         with _transformer_engine_stand_in():
             import megatron.bridge  # noqa: F401, PLC0415

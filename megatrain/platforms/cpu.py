@@ -280,6 +280,26 @@ def _undo_jit_fuser() -> None:
                         setattr(owner, name, original)
 
 
+def _keep_tied_embedding_on_cpu() -> None:
+    name = "megatron.core.models.common.language_module.language_module"
+    cls = importlib.import_module(name).LanguageModule
+    original = cls.setup_embeddings_and_output_layer
+    if getattr(original, "without_sync", False):
+        return
+
+    @functools.wraps(original)
+    def setup(self: Any) -> None:
+        meta = self.config.init_model_with_meta_device
+        self.config.init_model_with_meta_device = True  # its only effect here: no Tensor.cuda()
+        try:
+            original(self)
+        finally:
+            self.config.init_model_with_meta_device = meta
+
+    vars(setup)["without_sync"] = True
+    cls.setup_embeddings_and_output_layer = setup
+
+
 PATCHES = (
     Patch(
         "megatron.torch",
@@ -298,5 +318,11 @@ PATCHES = (
         "megatron-core decorates small functions with torch.compile; compiling them with a C++ "
         "compiler costs minutes on a CPU and buys nothing there",
         _undo_jit_fuser,
+    ),
+    Patch(
+        "megatron.tied_embedding",
+        "a tied embedding on two pipeline stages is moved with Tensor.cuda() to be made equal; both "
+        "stages read it from the checkpoint anyway",
+        _keep_tied_embedding_on_cpu,
     ),
 )

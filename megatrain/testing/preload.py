@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megatrain.platforms.bridge_import import import_megatron  # noqa: E402
+from megatrain.platforms.bridge_import import import_megatron
 
 import_megatron()
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatrain.errors import ConfigError, StateError
-from megatrain.model.adapter import TrainedParameter
+from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
 from megatrain.train.sharded import ShardedParameters
 

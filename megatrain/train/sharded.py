@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.model.adapter import TrainedParameter
+from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
 
 
@@ -27,6 +27,8 @@ class ShardedParameters:
         ordered = sorted(trained, key=lambda t: not t.is_replicated)
         self.parameters = [t.parameter for t in ordered]
         self.num_replicated = sum(t.parameter.numel() for t in ordered if t.is_replicated)
+        self.ties = [t.tie for t in ordered]
+        self.tie_group = groups.embedding
         size = sum(p.numel() for p in self.parameters)
         ranks, rank = self.data_group.size(), self.data_group.rank()
         self.shard_size = -(-size // ranks)
@@ -66,8 +68,11 @@ class ShardedParameters:
         """Put the scaled sum of gradients over all ranks into master_Q.grad.  Collective."""
         if self.num_replicated and self.tp_group.size() > 1:
             dist.all_reduce(self.grad_P[: self.num_replicated], group=self.tp_group)
-        shard = torch.empty_like(self.master_Q)
+        for view, tie in zip(self._views(self.grad_P), self.ties, strict=True):
+            if tie is not None:
+                dist.all_reduce(view, group=self.tie_group)
         if self.data_group.size() > 1:
+            shard = torch.empty_like(self.master_Q)
             dist.reduce_scatter_tensor(shard, self.grad_P, group=self.data_group)
         else:
             shard = self.grad_P.clone()
@@ -76,13 +81,17 @@ class ShardedParameters:
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of this rank's reduced gradients, each counted once, float64.
 
-        What all TP ranks hold counts on the first of them only.
+        What all TP ranks hold counts on the first of them, a tied embedding on the first stage.
         """
         grad = self.master_Q.grad
         assert grad is not None
-        first = min(max(self.num_replicated - self.mine.start, 0), self.shard_size)
-        counted = grad if self.tp_group.rank() == 0 else grad[first:]
-        return counted.double().square().sum()
+        counted = torch.ones(self.grad_P.numel(), dtype=torch.bool, device=grad.device)
+        if self.tp_group.rank() > 0:
+            counted[: self.num_replicated] = False
+        for view, tie in zip(self._views(counted), self.ties, strict=True):
+            if tie == 1:
+                view.fill_(False)
+        return grad.double().square().masked_fill(~counted[self.mine], 0.0).sum()
 
     @torch.no_grad()
     def write_parameters(self) -> None:

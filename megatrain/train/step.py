@@ -26,10 +26,13 @@ from megatrain.train.optimizer import GradientAccumulator, make_optimizer
 from megatrain.train.schedule import make_schedule
 from megatrain.types import InputFeature, StepOutput
 
+BASE = ""
+"""The name that stands for the base model's own parameters where an adapter is named."""
+
 
 @dataclass
 class Trained:
-    """What belongs to one adapter: its gradients, optimizer, schedule and counters."""
+    """What belongs to one adapter (or to the base): its gradients, optimizer, schedule and counters."""
 
     gradients: GradientAccumulator
     accumulation_steps: int = 1
@@ -51,17 +54,27 @@ class Trainer:
         self.trained: dict[str, Trained] = {}
 
     def add(self, name: str, *, accumulation_steps: int = 1) -> None:
-        """Start to train an adapter that the network has."""
+        """Start to train an adapter that the network has, or all of the base for BASE."""
         if accumulation_steps < 1:
             raise ConfigError(
                 f"gradient_accumulation_steps must be at least 1: {accumulation_steps}"
             )
-        parameters = self.network.adapters[name].trained_parameters()
+        if name != BASE and BASE in self.trained:
+            raise StateError("the base itself is being trained; an adapter needs it frozen")
+        if name == BASE:
+            parameters = self.network.train_base()
+        else:
+            parameters = self.network.adapters[name].trained_parameters()
         gradients = GradientAccumulator(parameters, self.network.groups)
         self.trained[name] = Trained(gradients, accumulation_steps)
 
     def set_optimizer(self, name: str, kind: str, options: dict[str, Any]) -> None:
         """Choose the optimizer of an adapter."""
+        if self.network.config.mixed_precision == "fp16":
+            raise ConfigError(
+                "training in fp16 is not supported: its gradients underflow without loss scaling",
+                hint="use mixed_precision='bf16' or 'no'; fp16 is for forward_only",
+            )
         trained = self.trained[name]
         trained.optimizer = make_optimizer(kind, trained.gradients, options)
         trained.schedule = None
@@ -99,11 +112,11 @@ class Trainer:
         trained.gradients.num_tokens += plan.num_labels
         return output
 
-    def forward_only(self, name: str | None, inputs: Sequence[InputFeature]) -> StepOutput:
-        """Return log-probabilities under an adapter, or under the base for None.  Collective."""
+    def forward_only(self, name: str, inputs: Sequence[InputFeature]) -> StepOutput:
+        """Return log-probabilities under an adapter, or under the base for BASE.  Collective."""
         plan = self._plan(inputs, train=False)
         self.network.activate(name)
-        output = self._run(plan, None, step=self.trained[name].step if name else 0)
+        output = self._run(plan, None, step=self.trained[name].step if name in self.trained else 0)
         if isinstance(output, NonFiniteError):
             raise output
         return output

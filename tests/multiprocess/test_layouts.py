@@ -50,7 +50,7 @@ EXPERTS = [
     DeviceMesh(dp=2, tp=2, ep=2, etp=2),
 ]
 CASES = [
-    pytest.param(family, mesh, id=f"{family}-{mesh.describe()}")
+    pytest.param(family, mesh, id=f"{family}-{mesh.describe().replace('·', '-')}")
     for family, meshes in (("qwen3", DENSE), ("qwen3_moe", [*DENSE, *EXPERTS]))
     for mesh in meshes
 ]

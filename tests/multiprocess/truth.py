@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ def hf_model(folder: Path) -> nn.Module:
 
 def peft_model(folder: Path, adapter: str | Path) -> nn.Module:
     """Return the checkpoint with a saved adapter; a key that PEFT does not take is an error."""
-    return PeftModel.from_pretrained(hf_model(folder), str(adapter)).eval()
+    with warnings.catch_warnings():
+        # PEFT looks for the keys of rank_pattern among modules only, and then uses them for
+        # target_parameters all the same.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        model = PeftModel.from_pretrained(hf_model(folder), str(adapter))
+        loaded = model.load_adapter(str(adapter), "default")
+    assert not loaded.unexpected_keys
+    assert not [key for key in loaded.missing_keys if "lora_" in key]
+    return model.eval()
 
 
 def logps_of(model: nn.Module, datum: dict[str, Any]) -> Tensor:

@@ -1,1 +1,1 @@
-"""`megatrain quickstart`: the whole path on a small model, from a checkpoint to a proven adapter."""
+"""`megatrain quickstart`: the whole path on a small model, from checkpoint to proven adapter."""

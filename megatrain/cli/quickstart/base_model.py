@@ -109,7 +109,7 @@ def train_base(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         logits = model(input_ids=tokens).logits
         text_loss = _cross_entropy(logits[:TEXT_ROWS], labels[:TEXT_ROWS])
         chat_loss = _cross_entropy(logits[TEXT_ROWS:], labels[TEXT_ROWS:])
-        (text_loss + chat_loss).backward()
+        (text_loss + chat_loss).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

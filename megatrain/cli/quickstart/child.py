@@ -82,7 +82,7 @@ def run_child(
         )
     if process.returncode:
         raise first_failure(logs) or ChildFailedError(
-            f"{name} ended with exit code {process.returncode}\n{_last_lines(log)}",
+            f"{name} ended with exit code {process.returncode}\n{_explanation(log)}",
             hint=f"its whole output is in {log}",
         )
 
@@ -161,8 +161,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def _last_lines(log: Path, count: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+def _explanation(log: Path, count: int = 30) -> str:
+    """Return the log's first traceback, which explains the ones after it, or else its end."""
+    lines = log.read_text(errors="replace").splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most")]
+    return "\n".join(lines[starts[0] :][:count] if starts else lines[-count:])
 
 
 class _Reader:

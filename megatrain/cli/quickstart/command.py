@@ -6,7 +6,6 @@ No torch in this process: the base, the ranks and the evaluation are processes o
 import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ from megatrain.cli.quickstart.job import (
     Job,
     check_output_directory,
 )
-from megatrain.errors import MegatrainError
 from megatrain.parallel.layout import DeviceMesh
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=Path,
         default=Path("quickstart"),
         metavar="DIR",
-        help="where to write base, adapter, metrics.jsonl, loss.png, report.json (default: %(default)s)",
+        help="where base, adapter, metrics, plot and report go (default: ./%(default)s)",
     )
     for axis, (default, meaning) in AXES.items():
         parser.add_argument(
@@ -70,12 +68,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return its exit code.  What the user can mend is told without traceback."""
-    try:
-        quickstart(build_job(args))
-    except MegatrainError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
+    """Run the command; return its exit status.  Raises MegatrainError for what a user can mend."""
+    quickstart(build_job(args))
     return 0
 
 

@@ -1,0 +1,158 @@
+"""`megatrain bench train`: tokens per second here and on Transformers + PEFT, in one run.
+
+Both train the same LoRA adapter on the same random checkpoint and batch, in the same precision and
+with as many threads, each in a process of its own; they take turns, and the run ends with an error
+if they do not compute the same log-probabilities and loss.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatrain.cli.bench.shapes import SHAPES
+from megatrain.errors import ConfigError
+
+AXES = ("tp", "pp", "cp", "ep", "dp")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command and its options."""
+    bench = subparsers.add_parser(
+        "bench", help="how fast this is, beside Transformers + PEFT", description=__doc__
+    )
+    kinds = bench.add_subparsers(required=True, metavar="train")
+    parser = kinds.add_parser(
+        "train", help="forward, backward and optimizer step of LoRA", description=__doc__
+    )
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bf16"), help="default: float32 for tiny and 100m, else bf16"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="of each system, over all its ranks (default: all cores)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="medians of so many (default 5)")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
+    parser.add_argument(
+        "--max-tokens", type=int, help="of a micro-batch, padding included (default: the shape's)"
+    )
+    parser.add_argument("--backend", choices=("auto", "torch", "te"), default="auto")
+    parser.add_argument(
+        "--recompute", action="store_true", help="recompute activations, in ours only"
+    )
+    for axis in AXES:
+        parser.add_argument(
+            f"--{axis}", type=int, default=1, help=f"{axis.upper()} of ours (default 1)"
+        )
+    parser.add_argument("--skip-peer", action="store_true", help="measure ours alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write everything there")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep the checkpoint there for the next run"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the file; return 0."""
+    from megatrain.cli.bench import report  # imports stay off the path of `--help`
+    from megatrain.cli.bench.flops import Work
+    from megatrain.cli.bench.race import Race
+
+    _check_file(args.out)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatrain-bench-")))
+        job, say = make_job(args, folder), Progress()
+        job_file = job.write()
+        say(f"{job.shape_name}: making or finding the checkpoint in {job.checkpoint}")
+        _make_checkpoint(job, job_file)
+        found = json.loads((job.checkpoint / "bench.json").read_text())
+        work = Work.of(found["tensors"], found["config"])
+        outcome = Race(job, _systems(job, job_file, with_peer=not args.skip_peer), say).run()
+        table = report.rows(job, outcome, work)
+        if args.out is not None:
+            whole = report.to_json(job, outcome, work, table)
+            args.out.write_text(json.dumps(whole, indent=2) + "\n")
+            say(f"everything is in {args.out}")
+        report.show(table, report.notes(job, outcome, work))
+    return 0
+
+
+def make_job(args: argparse.Namespace, folder: Path) -> Any:
+    """Return the checked job.  Raises ConfigError."""
+    from megatrain.cli.bench.job import Job
+    from megatrain.parallel.layout import DeviceMesh
+
+    shape = SHAPES[args.shape]
+    mesh = DeviceMesh(**{axis: getattr(args, axis) for axis in AXES})
+    dtype = args.dtype or shape.dtype
+    cache = folder if args.cache is None else args.cache.resolve()
+    return Job(
+        folder=folder,
+        checkpoint=cache / f"{args.shape}-{dtype}-seed{args.seed}",
+        shape_name=args.shape,
+        dtype=dtype,
+        threads=_num_cores() if args.threads is None else args.threads,
+        mesh=mesh,
+        repeats=args.repeats,
+        rank=args.rank,
+        max_tokens=shape.max_tokens if args.max_tokens is None else args.max_tokens,
+        backend=args.backend,
+        recompute=args.recompute,
+        seed=args.seed,
+    )
+
+
+class Progress:
+    """Says each phase on a line of standard error, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        seconds = time.monotonic() - self._start
+        print(f"{seconds:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def _systems(job: Any, job_file: Path, *, with_peer: bool) -> dict[str, Any]:
+    from megatrain.cli.bench.turns import System
+    from megatrain.cli.quickstart.child import python_module, torchrun
+
+    world = job.mesh.world_size
+    module, argument = "megatrain.cli.bench.ours", str(job_file)
+    command = python_module(module, argument)
+    if world > 1:
+        command = torchrun(module, argument, world_size=world)
+    ours = System("ours", command, folder=job.folder, num_ranks=world, threads=job.threads_per_rank)
+    if not with_peer:
+        return {"ours": ours}
+    command = python_module("megatrain.cli.bench.peer", argument)
+    peer = System("peer", command, folder=job.folder, num_ranks=1, threads=job.threads)
+    return {"ours": ours, "peer": peer}
+
+
+def _make_checkpoint(job: Any, job_file: Path) -> None:
+    from megatrain.cli.quickstart.child import ChildFailedError, first_failure, python_module
+
+    command = python_module("megatrain.cli.bench.checkpoint", str(job_file))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = first_failure(job.folder) or done.stderr[-3000:]
+        raise ChildFailedError(f"the checkpoint could not be made\n{reason.rstrip()}")
+
+
+def _check_file(out: Path | None) -> None:
+    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
+        raise ConfigError(f"--out must be a file in a directory that exists: {out}")
+
+
+def _num_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)

@@ -1,0 +1,62 @@
+"""How much arithmetic a batch is: what MFU is measured against.  Arithmetic only, no torch.
+
+Forward: 2 FLOPs per token for each matrix weight that the token meets, and causal attention.
+Backward through a frozen base: 2 FLOPs again, for input gradients only; attention has no weights,
+so its backward is twice its forward.  That is 4 N_active per token
+and attention for LoRA, where full training has 6 N_active.  The adapters' own
+arithmetic, norms, and what checkpointing computes again are not counted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+EMBEDDING = "embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What decides how much arithmetic a token needs."""
+
+    total_parameters: int
+    active_parameters: int
+    """Matrix weights that one token meets: head yes, looked-up embedding no, top-k experts only."""
+    attention_width: int
+    """Query heads times head size, summed over the layers with softmax attention."""
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> "Work":
+        """Count a Hugging Face checkpoint from its tensors' shapes and its configuration."""
+        share = config["num_experts_per_tok"] / config["num_experts"] if _is_moe(config) else 1.0
+        active = 0.0
+        for name, shape in shapes.items():
+            if len(shape) < 2 or (name.endswith(EMBEDDING) and not config["tie_word_embeddings"]):
+                continue
+            active += math.prod(shape) * (share if ".experts." in name else 1.0)
+        layers = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(
+            total_parameters=sum(math.prod(shape) for shape in shapes.values()),
+            active_parameters=round(active),
+            attention_width=heads * head_dim * sum(kind != "linear_attention" for kind in layers),
+        )
+
+    def forward_flops(self, lengths: Sequence[int]) -> float:
+        """Return the FLOPs of a forward pass over these sequences."""
+        linear = 2.0 * self.active_parameters * sum(lengths)
+        # q k^T and p v are 2 S^2 width each; causal attention needs half of both.
+        attention = 2.0 * self.attention_width * sum(n * n for n in lengths)
+        return linear + attention
+
+    def lora_flops(self, lengths: Sequence[int]) -> float:
+        """Return the FLOPs of forward and backward with a frozen base."""
+        linear = 4.0 * self.active_parameters * sum(lengths)
+        # Attention has no weights to freeze: its backward is twice its forward.
+        attention = 6.0 * self.attention_width * sum(n * n for n in lengths)
+        return linear + attention
+
+
+def _is_moe(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("num_experts"))
