@@ -1,4 +1,4 @@
-"""Packages come from three roots, which PEP 621 cannot say; everything else is in pyproject.toml."""
+"""Packages come from three roots, which PEP 621 cannot say; all else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

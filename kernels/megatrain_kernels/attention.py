@@ -5,7 +5,7 @@ D the size of a query or key head, V of a value head.  Sequences never see each 
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatrain_kernels.segments import Segment

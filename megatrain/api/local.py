@@ -15,7 +15,7 @@ from megatrain.train.step import BASE, Trainer
 
 
 def open_model(model_id: str, config: ModelConfig, session: Session) -> Trainer:
-    """Load this rank's part of a checkpoint.  Collective: a hub's files are fetched by each host."""
+    """Load this rank's part of a checkpoint.  Collective."""
     network = build_network(locate(model_id), config, session.groups)
     prepare(session.platform)  # Bridge imports some of Megatron's modules only while it builds
     return Trainer(network)

@@ -1,4 +1,4 @@
-"""A model on Megatron, as a script sees it.  Every rank calls the same methods in the same order."""
+"""A model on Megatron, as a script sees it: every rank calls the same methods in one order."""
 
 import time
 from collections import defaultdict
@@ -51,7 +51,7 @@ class MegatronModel:
         *,
         gradient_accumulation_steps: int = 1,
     ) -> None:
-        """Inject a LoRA adapter.  `config` is a peft.LoraConfig, a dict of its fields or a LoraSpec.
+        """Inject a LoRA adapter; `config` is a peft.LoraConfig, a dict of its fields, a LoraSpec.
 
         Raises ConfigError for what is not supported, by name, before anything has changed.
         """
@@ -88,7 +88,7 @@ class MegatronModel:
     def forward_backward(
         self, *, inputs: Sequence[InputFeature], adapter_name: str | None = None
     ) -> StepOutput:
-        """Add the gradients of a global batch to an adapter; return its loss and log-probabilities."""
+        """Add the gradients of a global batch to an adapter; return loss and log-probabilities."""
         name = self._name(adapter_name)
         start = time.perf_counter()
         output = self._trainer.forward_backward(name, inputs)

@@ -5,6 +5,7 @@ than a split and a permutation of rows (dequantisation, expert tensors of three 
 whole, without communication, one parameter at a time.
 """
 
+import itertools
 import logging
 from typing import Any
 
@@ -99,7 +100,7 @@ def _runs(rows: Rows, places: Rows) -> list[tuple[int, int]]:
         return []
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(places) != 1)) + 1
     edges = [0, *breaks.tolist(), len(rows)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _read_whole_or_columns(

@@ -4,6 +4,7 @@ AutoBridge's mapping registry is the source.  Loading, LoRA targets and PEFT nam
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class ParameterTable:
         self.groups = groups
         self.hf_shapes = hf_shapes
         """Of every Hugging Face parameter of the whole model."""
-        self._config = chunks[0].config
+        self._config: Any = chunks[0].config
         self._bridge = auto_bridge._model_bridge
         self._bridge.hf_pretrained = auto_bridge.hf_pretrained
         self._bridge.hf_config = getattr(
@@ -127,7 +128,7 @@ class ParameterTable:
         self.parameters = [p for i, chunk in enumerate(chunks) for p in self._of_chunk(i, chunk)]
 
     def _of_chunk(self, index: int, chunk: torch.nn.Module) -> Iterator[LocalParameter]:
-        modules = dict(chunk.named_modules())
+        modules: dict[str, Any] = dict(chunk.named_modules())
         for local_name, parameter in chunk.named_parameters():
             if self.is_tied and local_name == "output_layer.weight":
                 local_name_in_table = "embedding.word_embeddings.weight"
@@ -146,7 +147,7 @@ class ParameterTable:
                 )
             yield LocalParameter(index, local_name, global_name, module, parameter, mapping)
 
-    def _global_name(self, name: str, modules: dict[str, torch.nn.Module]) -> str:
+    def _global_name(self, name: str, modules: dict[str, Any]) -> str:
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         if layer:
             number = modules[layer.group(0)[:-1]].layer_number - 1
@@ -173,7 +174,7 @@ class ParameterTable:
         return self.hf_shapes[name]
 
     def all_hf_modules(self) -> list[str]:
-        """Return the module of every weight in the whole model: matrices, and tensors of experts."""
+        """Return the module of every weight in the model: matrices, and tensors of experts."""
         return [
             name.removesuffix(".weight")
             for name, shape in self.hf_shapes.items()
@@ -193,7 +194,7 @@ class ParameterTable:
         names = self.hf_names(parameter)
         sizes = [self.hf_shape(name)[0] for name in names]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        labels = [torch.arange(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        labels = [torch.arange(a, b) for a, b in itertools.pairwise(starts)]
         fused_rows = self._fuse(parameter, labels).numpy()
         result = []
         for name, first, size in zip(names, starts[:-1], sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Write a whole model as a Hugging Face checkpoint: sharded safetensors, index, config, tokenizer."""
+"""Write a whole model as a Hugging Face checkpoint: shards, index, configuration, tokenizer."""
 
 import json
 import shutil

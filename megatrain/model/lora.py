@@ -5,7 +5,7 @@ Delta and base meet in a forward hook, so the base's modules and parameter names
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,7 +260,7 @@ def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapter) -> None:
         gating = module.gating
         module.gating = lambda x: gating(x) if lora() is None else _add(gating(x), lora()(x))
         return
-    hook = _linear_hook
+    hook: Callable[..., Any] = _linear_hook
     if isinstance(linear, GroupedLoraLinear):
         hook = _expert_hook
     elif isinstance(linear, EmbeddingLora):

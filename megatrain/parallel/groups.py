@@ -102,7 +102,7 @@ def init_groups(
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    control = dist.group.WORLD
+    control: Any = dist.group.WORLD
     if platform.collective_backend != "gloo":
         control = dist.new_group(backend="gloo", timeout=timeout)
     collection = ProcessGroupCollection.use_mpu_process_groups()

@@ -1,4 +1,4 @@
-"""Import Megatron-Core and Megatron-Bridge in the one order that works without Transformer Engine."""
+"""Import Megatron-Core, then Megatron-Bridge, so that it works without Transformer Engine."""
 
 import contextlib
 import importlib.util

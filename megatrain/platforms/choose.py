@@ -20,7 +20,7 @@ def choose_platform(name: str = "auto") -> Platform:
     Raises ConfigError for an unknown name, PlatformError if the machine has no such device.
     """
     if name == "auto":
-        return next(p for p in (make() for make in PLATFORMS.values()) if p.is_available())
+        name = next(name for name, kind in PLATFORMS.items() if kind().is_available())
     if name not in PLATFORMS:
         raise ConfigError(f"unknown platform {name!r}; known: auto, {', '.join(PLATFORMS)}")
     platform: Platform = PLATFORMS[name]()

@@ -321,8 +321,8 @@ PATCHES = (
     ),
     Patch(
         "megatron.tied_embedding",
-        "a tied embedding on two pipeline stages is moved with Tensor.cuda() to be made equal; both "
-        "stages read it from the checkpoint anyway",
+        "a tied embedding on two pipeline stages is moved with Tensor.cuda() to be made equal; "
+        "both stages read it from the checkpoint anyway",
         _keep_tied_embedding_on_cpu,
     ),
 )

@@ -70,12 +70,12 @@ class RankPool:
             if not ready:
                 self.close()
                 raise RankFailure(f"no answer within {timeout_s} s from {len(waiting)} rank(s)")
-            for pipe in ready:
-                index = pipes.index(pipe)  # type: ignore[arg-type]
-                try:
-                    answers[index] = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    answers[index] = (False, f"rank {index} died")
+            for index, pipe in enumerate(pipes):
+                if pipe in ready:
+                    try:
+                        answers[index] = pipe.recv()
+                    except EOFError:
+                        answers[index] = (False, f"rank {index} died")
             if any(not ok for ok, _ in answers.values()):
                 timeout_s = min(timeout_s, 10.0)
         return [answers[i] for i in range(len(pipes))]

@@ -32,7 +32,7 @@ BASE = ""
 
 @dataclass
 class Trained:
-    """What belongs to one adapter (or to the base): its gradients, optimizer, schedule and counters."""
+    """What belongs to one adapter, or to the base: gradients, optimizer, schedule, counters."""
 
     gradients: GradientAccumulator
     accumulation_steps: int = 1

@@ -97,3 +97,87 @@ def three_steps(folder: Any, lora: dict[str, Any], batches: Sequence[Batch]) -> 
         losses.append(model.forward_backward(inputs=batch).loss)
         model.clip_grad_and_step(max_grad_norm=1.0)
     return {"initial": initial, "losses": losses, "adapter": model.get_state_dict()}
+
+
+def logps_alone_and_packed(folder: Any, batch: Batch) -> dict[str, Any]:
+    """Return each datum's log-probabilities with an adapter: run alone, and all in one pack."""
+    packed = make_model(folder, max_tokens_per_microbatch=100_000)
+    return {
+        "packed": packed.forward_only(inputs=batch).logps,
+        "alone": [packed.forward_only(inputs=[datum]).logps[0] for datum in batch],
+        "reversed": packed.forward_only(inputs=batch[::-1]).logps[::-1],
+    }
+
+
+def gradient_of(
+    folder: Any, calls: Sequence[Batch], options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the reduced gradient after these calls of forward_backward, and their outputs."""
+    model = make_model(folder, **(options or {}))
+    outputs = [model.forward_backward(inputs=batch) for batch in calls]
+    return {
+        "gradient": reduced_gradient(model),
+        "losses": [output.loss for output in outputs],
+        "tokens": [output.num_tokens for output in outputs],
+        "logps": [array for output in outputs for array in output.logps],
+    }
+
+
+def steps_on_every_nth_call(folder: Any, batches: Sequence[Batch], every: int) -> dict[str, Any]:
+    """Return what clip_grad_and_step returned, and whether the adapter moved, call by call."""
+    model = make_model(folder, accumulate=every)
+    model.set_optimizer("AdamW", lr=1e-4)
+    model.set_lr_scheduler("LinearWarmupScheduler", num_warmup_steps=1, num_training_steps=10)
+    norms, moved, before = [], [], model.get_state_dict()
+    for batch in batches:
+        model.forward_backward(inputs=batch)
+        norms.append(model.clip_grad_and_step())
+        after = model.get_state_dict()
+        moved.append(any(not torch.equal(after[name], before[name]) for name in before))
+        before = after
+    metrics = model.calculate_metric()
+    return {"norms": norms, "moved": moved, "metrics": metrics, "adapter": before}
+
+
+def step_singly(folder: Any, batches: Sequence[Batch], max_norm: float) -> dict[str, Any]:
+    """Return the adapter after steps taken by clip_grad_norm, step, zero_grad and lr_step."""
+    model = make_model(folder)
+    model.set_optimizer("AdamW", lr=1e-4)
+    norms = []
+    for batch in batches:
+        model.forward_backward(inputs=batch)
+        norms.append(model.clip_grad_norm(max_norm))
+        model.step()
+        model.zero_grad()
+        model.lr_step()
+    return {"adapter": model.get_state_dict(), "norms": norms}
+
+
+def sgd_step(folder: Any, batch: Batch, max_norm: float) -> dict[str, Any]:
+    """Return the adapter before and after one plain step at learning rate 1, and the norm."""
+    model = make_model(folder)
+    model.set_optimizer("SGD", lr=1.0)
+    before = model.get_state_dict()
+    model.forward_backward(inputs=batch)
+    norm = model.clip_grad_and_step(max_grad_norm=max_norm)
+    return {"before": before, "after": model.get_state_dict(), "norm": norm}
+
+
+def learning_rates(folder: Any, batch: Batch, kind: str, options: dict[str, int]) -> list[float]:
+    """Return the learning rate before each of five steps."""
+    model = make_model(folder)
+    model.set_optimizer("AdamW", lr=1e-3)
+    model.set_lr_scheduler(kind, **options)
+    rates = []
+    for _ in range(5):
+        rates.append(model._trainer.trained["default"].optimizer.param_groups[0]["lr"])
+        model.forward_backward(inputs=batch)
+        model.clip_grad_and_step()
+    return rates
+
+
+def dropout_outputs(folder: Any, lora: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """Return log-probabilities while training, and without dropout."""
+    model = make_model(folder, lora)
+    train = model.forward_backward(inputs=batch).logps
+    return {"train": train, "evaluate": model.forward_only(inputs=batch).logps}

@@ -90,7 +90,9 @@ def test_an_adapter_trains_as_in_peft(family, options, ranks, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "mesh", [DeviceMesh(tp=2), DeviceMesh(pp=2), DeviceMesh(tp=2, cp=2)], ids=["tp2", "pp2", "tp2-cp2"]
+    "mesh",
+    [DeviceMesh(tp=2), DeviceMesh(pp=2), DeviceMesh(tp=2, cp=2)],
+    ids=["tp2", "pp2", "tp2-cp2"],
 )
 def test_embedding_and_head_train_as_in_peft_on_other_layouts(mesh, ranks, checkpoints):
     folder = checkpoints("qwen3")
@@ -103,11 +105,16 @@ def test_embedding_and_head_train_as_in_peft_on_other_layouts(mesh, ranks, check
     assert largest_adapter_difference(ours["adapter"], detached(factors)) <= TOLERANCE
 
 
-def test_experts_down_proj_trains_as_in_peft(ranks, checkpoints):
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["down_proj"]}, {"target_parameters": ["mlp.experts.down_proj"]}],
+    ids=["as-modules", "as-parameters"],
+)
+def test_experts_down_proj_trains_as_in_peft(targets, ranks, checkpoints):
     folder = checkpoints("qwen3_moe")
-    options = LORA | {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
-    ours = ranks.run(tasks.three_steps, DeviceMesh(), folder, options, BATCHES)[0]
-    model = get_peft_model(hf_model(folder), LoraConfig(**options))
+    ours = ranks.run(tasks.three_steps, DeviceMesh(), folder, LORA | targets, BATCHES)[0]
+    theirs = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    model = get_peft_model(hf_model(folder), LoraConfig(**LORA | theirs))
     stacked = peft_factors(model)
     assert {name.rpartition(".")[0] for name in stacked} == {
         f"model.layers.{n}.mlp.experts" for n in range(4)
@@ -117,12 +124,12 @@ def test_experts_down_proj_trains_as_in_peft(ranks, checkpoints):
             for expert, view in enumerate(expert_views(name, parameter)):
                 view.copy_(ours["initial"][expert_name(name, expert)])
     train(model, list(stacked.values()), BATCHES)
-    theirs = {
+    trained = {
         expert_name(name, expert): view.detach()
         for name, parameter in stacked.items()
         for expert, view in enumerate(expert_views(name, parameter))
     }
-    assert largest_adapter_difference(ours["adapter"], theirs) <= TOLERANCE
+    assert largest_adapter_difference(ours["adapter"], trained) <= TOLERANCE
 
 
 def expert_name(name: str, expert: int) -> str:

@@ -63,7 +63,7 @@ def train(model: nn.Module, parameters: list[nn.Parameter], batches: list[Batch]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -16,7 +16,7 @@ from megatrain_kernels.segments import Segment, key_order, segments
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed batch, and what is worked out from it once, not per layer."""
+    """Megatron's description of a packed batch, and what is worked out from it once per batch."""
 
     segments: tuple[Segment, ...] = ()
     """Which queries of this rank see which keys."""

@@ -39,6 +39,7 @@ class TorchLinear(torch.nn.Module):
         self.tensor_model_parallel = False
         self.weight = _weight(output_size, input_size, config, init_method)
         self.bias = _weight(output_size, None, config, None) if bias else None
+        parameter: Any
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
@@ -81,7 +82,7 @@ class _TorchGroupedLinear(torch.nn.Module):
             if bias:
                 self._register(f"bias{index}", _weight(rows, None, config, None))
 
-    def _register(self, name: str, parameter: torch.nn.Parameter) -> None:
+    def _register(self, name: str, parameter: Any) -> None:
         parameter.allreduce = False  # Megatron's mark for an expert's parameter
         parameter.tensor_model_parallel = True
         parameter.partition_dim = self.partition_dim

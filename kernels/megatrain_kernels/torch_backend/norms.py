@@ -12,7 +12,7 @@ from megatrain_kernels.norm import layer_norm, rms_norm
 def _parameter(size: int, value: float, config: Any) -> torch.nn.Parameter:
     device = "cpu" if config.use_cpu_initialization else _current_device()
     data = torch.full((size,), value, dtype=config.params_dtype, device=device)
-    parameter = torch.nn.Parameter(data)
+    parameter: Any = torch.nn.Parameter(data)
     parameter.sequence_parallel = config.sequence_parallel
     return parameter
 

@@ -107,6 +107,7 @@ def make_job(args: argparse.Namespace, folder: Path) -> Any:
         backend=args.backend,
         recompute=args.recompute,
         seed=args.seed,
+        load_before=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     )
 
 

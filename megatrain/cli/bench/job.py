@@ -42,6 +42,8 @@ class Job:
     recompute: bool = False
     seed: int = 0
     learning_rate: float = 1e-4
+    load_before: float = 0.0
+    """Load average of the machine before the run."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "repeats", "rank", "max_tokens"):

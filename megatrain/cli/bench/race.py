@@ -1,6 +1,6 @@
 """The order of work: both systems start, agree on the numbers, then take turns being measured."""
 
-import logging
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -13,8 +13,6 @@ from megatrain.cli.bench.job import Job
 from megatrain.cli.bench.turns import Answer, System, Unit
 from megatrain.errors import MegatrainError
 
-logger = logging.getLogger(__name__)
-
 Say = Callable[[str], None]
 
 START_TIMEOUT_S = 1800.0
@@ -26,7 +24,9 @@ BF16_LOSS_TOLERANCE = 0.05
 """Largest difference of the mean loss; single log-probabilities are only reported."""
 
 HOPELESS = 1.5
-"""A peer's configuration this many times slower than the best is measured once, not repeatedly."""
+"""A peer's configuration this many times slower than its best is not measured further..."""
+ROUNDS_FOR_ALL = 2
+"""...after so many rounds, of which the fastest counts."""
 
 
 class DisagreementError(MegatrainError, ArithmeticError):
@@ -115,7 +115,7 @@ class Race:
         self._measure_gemm(stage)
         for repeat in range(self.job.repeats):
             for each in mine:
-                if repeat and is_hopeless(each, mine):
+                if repeat >= ROUNDS_FOR_ALL and is_hopeless(each, mine):
                     continue
                 if each.forward_like is None:
                     self._ask(each, "forward")
@@ -166,18 +166,22 @@ def merge_ranks(answers: list[Answer], *, device: str) -> Answer:
 
 
 def is_hopeless(entrant: Entrant, others: Iterable[Entrant]) -> bool:
-    """Tell whether a peer's configuration cannot be its best: far behind in its first round.
-
-    One whose forward is far behind is not repeated for that either.
-    """
-    if entrant.system != "peer" or not entrant.train:
+    """Tell whether a peer's configuration cannot be its best, forward nor forward and backward."""
+    if entrant.system != "peer":
         return False
+    peers = [each for each in others if each.system == "peer"]
 
-    def first(each: Entrant) -> float:
-        return float(each.train[0]["seconds"])
+    def behind(kind: str) -> bool:
+        mine = fastest(getattr(entrant, kind))
+        best = min(fastest(getattr(each, kind)) for each in peers)
+        return mine > HOPELESS * best
 
-    best = min(first(each) for each in others if each.system == "peer" and each.train)
-    return first(entrant) > HOPELESS * best
+    return behind("train") and (entrant.forward_like is not None or behind("forward"))
+
+
+def fastest(answers: list[Answer]) -> float:
+    """Return the least seconds, infinity if nothing was measured."""
+    return min((float(answer["seconds"]) for answer in answers), default=math.inf)
 
 
 def agreement(job: Job, taking_part: list[Entrant]) -> list[dict[str, Any]]:

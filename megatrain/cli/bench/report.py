@@ -12,7 +12,7 @@ from typing import Any
 
 from megatrain.cli.bench.flops import Work
 from megatrain.cli.bench.job import Job
-from megatrain.cli.bench.race import Entrant, Outcome, median
+from megatrain.cli.bench.race import HOPELESS, ROUNDS_FOR_ALL, Entrant, Outcome, median
 
 PACKAGES = (
     "megatrain",
@@ -37,6 +37,9 @@ COLUMNS = {
 
 FASTER = ("forward", "forward_backward", "mfu")
 """Columns in which more is better; in the others less is."""
+
+BUSY = 0.25
+"""Load average per core above which the table says that others used the machine."""
 
 RATIO = "ours / best of peer"
 
@@ -184,8 +187,8 @@ def notes(job: Job, outcome: Outcome, work: Work) -> list[str]:
         f"labels on {labels:,}; micro-batches of at most {job.max_tokens:,} tokens in both systems",
         f"{machine['device']}; {machine['cpu']}, {machine['cores']} cores, {job.threads} threads; "
         f"ours: layout {job.mesh.describe()}, back end {job.backend}",
-        f"medians after a warm-up; a configuration of the peer over {_hopeless()} times as slow as "
-        "its best is measured once; step: clipping, AdamW, zeroing",
+        f"medians after a warm-up; a configuration of the peer over {HOPELESS:g} times as slow as its "
+        f"best is measured {ROUNDS_FOR_ALL} times only; step: clipping, AdamW, zeroing",
         "MFU: 4 N_active FLOPs per token plus attention (no weight gradients, no recomputation); "
         f"N_active {work.active_parameters / 1e6:,.1f} M" + _peak(outcome),
         "peer: data sorted by length before padding, no mask for right padding, SDPA",
@@ -195,13 +198,12 @@ def notes(job: Job, outcome: Outcome, work: Work) -> list[str]:
             "experts: ours trains gate and up with a factor each, PEFT one fused factor of double "
             "rank, through a parametrisation that forms each expert's whole delta"
         )
+    if job.load_before > BUSY * machine["cores"]:
+        lines.append(
+            f"the machine was shared: load average {job.load_before:.1f} before the run began, so "
+            "times are noisy, and a system that waits for threads suffers most"
+        )
     return lines + [_agreement_note(each) for each in outcome.agreement]
-
-
-def _hopeless() -> str:
-    from megatrain.cli.bench.race import HOPELESS
-
-    return f"{HOPELESS:g}"
 
 
 def _peak(outcome: Outcome) -> str:
@@ -243,7 +245,6 @@ def to_json(job: Job, outcome: Outcome, work: Work, table: Sequence[Row]) -> dic
 
 def hardware(outcome: Outcome) -> dict[str, Any]:
     """Describe the machine."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "device": outcome.started["ours"][0]["device"],
@@ -251,7 +252,6 @@ def hardware(outcome: Outcome) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
-        "load_average_1min": load,
     }
 
 
