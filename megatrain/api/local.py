@@ -1,15 +1,20 @@
 """The part of the API that needs torch and Megatron: a model whose ranks run the user's script."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from megatrain.api.session import Session
 from megatrain.checkpoint.locate import locate
+from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
+from megatrain.errors import ConfigError, ExportError
 from megatrain.export.gather import gather
 from megatrain.export.save import save_adapter, save_checkpoint
+from megatrain.export.skeleton import Skeleton
 from megatrain.model.base import base_slices
-from megatrain.model.network import build_network
+from megatrain.model.network import Network, build_network
 from megatrain.platforms.choose import prepare
 from megatrain.train.step import BASE, Trainer
 
@@ -19,6 +24,39 @@ def open_model(model_id: str, config: ModelConfig, session: Session) -> Trainer:
     network = build_network(locate(model_id), config, session.groups)
     prepare(session.platform)  # Bridge imports some of Megatron's modules only while it builds
     return Trainer(network)
+
+
+def add_adapter(
+    trainer: Trainer, name: str, spec: LoraSpec, *, seed: int, accumulation_steps: int
+) -> None:
+    """Inject an adapter that can be trained and later exported.
+
+    Raises ConfigError, before anything has changed, for targets that PEFT could not hold.
+    """
+    network = trainer.network
+    if not spec.is_all_linear:
+        _check_exportable(network, spec)
+    network.add_adapter(name, spec, seed=seed)
+    trainer.add(name, accumulation_steps=accumulation_steps)
+
+
+def _check_exportable(network: Network, spec: LoraSpec) -> None:
+    """Ask PEFT's rules about one module of each kind; every rank knows the whole model."""
+    kinds = {
+        re.sub(r"\d+", "*", module): module
+        for module in network.table.all_hf_modules()
+        if spec.matches(module)
+    }
+    if not kinds:
+        return
+    skeleton = Skeleton(json.loads((network.folder / "config.json").read_text()))
+    for module in kinds.values():
+        try:
+            skeleton.place(module)
+        except ExportError as error:
+            raise ConfigError(
+                f"an adapter on {module} could not be exported: {error.message}", hint=error.hint
+            ) from error
 
 
 def state_dict(trainer: Trainer, name: str) -> dict[str, Any] | None:

@@ -60,8 +60,13 @@ class MegatronModel:
             raise ConfigError(
                 f"gradient_accumulation_steps must be at least 1: {gradient_accumulation_steps}"
             )
-        self._network.add_adapter(adapter_name, spec, seed=self._session.seed)
-        self._trainer.add(adapter_name, accumulation_steps=gradient_accumulation_steps)
+        self._engine.add_adapter(
+            self._trainer,
+            adapter_name,
+            spec,
+            seed=self._session.seed,
+            accumulation_steps=gradient_accumulation_steps,
+        )
 
     def set_optimizer(
         self, optimizer_cls: str = "AdamW", *, adapter_name: str | None = None, **options: Any

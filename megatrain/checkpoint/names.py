@@ -174,12 +174,18 @@ class ParameterTable:
         return self.hf_shapes[name]
 
     def all_hf_modules(self) -> list[str]:
-        """Return the module of every weight in the model: matrices, and tensors of experts."""
-        return [
-            name.removesuffix(".weight")
-            for name, shape in self.hf_shapes.items()
-            if (len(shape) == 2 and name.endswith(".weight")) or len(shape) == 3
-        ]
+        """Return the module of every weight in the model: matrices, and tensors of experts.
+
+        A tensor of experts is called by its first: `...experts.0.gate_up_proj`.
+        """
+        result = []
+        for name, shape in self.hf_shapes.items():
+            if len(shape) == 2 and name.endswith(".weight"):
+                result.append(name.removesuffix(".weight"))
+            elif len(shape) == 3:
+                prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
+                result.append(f"{prefix}.0.{leaf}")
+        return result
 
     def hf_names(self, parameter: LocalParameter) -> list[str]:
         """Return the Hugging Face parameters that are fused into this one, in mapping order."""

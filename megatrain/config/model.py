@@ -1,8 +1,8 @@
 """How a model is held and run: precision, back end, recomputation, sizes of micro-batches."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
 
 
 class ModelConfig(BaseModel):
@@ -22,3 +22,13 @@ class ModelConfig(BaseModel):
     """Data in a micro-batch, instead of a token budget."""
     router_aux_loss_coef: NonNegativeFloat = 0.0
     """Weight of the routers' load-balancing loss; 0 leaves it out."""
+
+    @model_validator(mode="after")
+    def _one_way_to_form_micro_batches(self) -> Self:
+        if self.max_tokens_per_microbatch and self.micro_batch_size:
+            raise ValueError(
+                "micro-batches are formed by a token budget or by a number of data, not both: "
+                f"max_tokens_per_microbatch={self.max_tokens_per_microbatch}, "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        return self

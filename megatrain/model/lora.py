@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
 from megatrain.checkpoint.names import LocalParameter, ParameterTable, Part, parallel_kind
-from megatrain.config.lora import LoraSpec
+from megatrain.config.lora import LoraSpec, without_expert
 from megatrain.errors import ConfigError
 from megatrain.model.adapter import Adapter
 from megatrain.model.lora_linear import (
@@ -113,7 +113,8 @@ def is_target(spec: LoraSpec, module: str, global_name: str) -> bool:
 
 def check_targets(spec: LoraSpec, table: ParameterTable) -> None:
     """Raise ConfigError for targets that match nothing in the whole model."""
-    names = table.all_hf_modules()
+    modules = table.all_hf_modules()
+    names = {*modules, *map(without_expert, modules)}
     wanted = () if spec.is_all_linear else spec.target_modules or ()
     if isinstance(wanted, str):
         unmatched = [] if any(spec.matches(name) for name in names) else [wanted]

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatrain_kernels.grouped import grouped_linear
@@ -100,10 +101,16 @@ class LoraLinear(torch.nn.Module):
         """Return the delta for inputs that are whole on every TP rank.  No communication."""
         return self._expand(self._project(x))
 
+    def _drop(self, x: Tensor) -> Tensor:
+        """Apply dropout with random numbers of this rank's own."""
+        with get_cuda_rng_tracker().fork():
+            dropped: Tensor = self.dropout(x)
+        return dropped
+
     def _project(self, x: Tensor) -> Tensor:
         """Return x A^T of all parts side by side, (T, 1, S)."""
         if self.dropout.p and self.training:
-            return torch.cat([self.dropout(x) @ a.T for a in self.lora_A], -1)
+            return torch.cat([self._drop(x) @ a.T for a in self.lora_A], -1)
         a_SI = self.lora_A[0] if len(self.parts) == 1 else torch.cat(list(self.lora_A))
         return x @ a_SI.T
 
@@ -171,7 +178,7 @@ class GroupedLoraLinear(LoraLinear):
 
     def _project_experts(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         if self.dropout.p and self.training:
-            h = [grouped_linear(self.dropout(x), a.unbind(), counts) for a in self.lora_A]
+            h = [grouped_linear(self._drop(x), a.unbind(), counts) for a in self.lora_A]
             return torch.cat(h, -1)
         a_ESI = torch.cat(list(self.lora_A), 1) if len(self.parts) > 1 else self.lora_A[0]
         return grouped_linear(x, a_ESI.unbind(), counts)

@@ -101,11 +101,13 @@ def init_groups(
         distributed_timeout_minutes=max(1, int(timeout_s // 60)),
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    # Only dropout in front of LoRA draws from these, so that no two ranks need the same numbers.
+    offset = 10_000 * collection.dp_cp.rank() + 1_000_000 * collection.pp.rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + offset)
     control: Any = dist.group.WORLD
     if platform.collective_backend != "gloo":
         control = dist.new_group(backend="gloo", timeout=timeout)
-    collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(mesh=mesh, rank=rank, device=device, control=control, collection=collection)
 
 

@@ -181,3 +181,9 @@ def dropout_outputs(folder: Any, lora: dict[str, Any], batch: Batch) -> dict[str
     model = make_model(folder, lora)
     train = model.forward_backward(inputs=batch).logps
     return {"train": train, "evaluate": model.forward_only(inputs=batch).logps}
+
+
+def outcome(folder: Any, batch: Batch) -> Any:
+    """Return the error of a first forward_backward."""
+    model = make_model(folder)
+    return error_of(lambda: model.forward_backward(inputs=batch))

@@ -107,8 +107,8 @@ def test_accumulation_over_calls_does_not_change_gradients(mesh, ranks, checkpoi
 def test_recomputation_does_not_change_gradients(family, mesh, whole, ranks, checkpoints):
     options = {"recompute": True}
     report = ranks.run(tasks.gradient_of, mesh, checkpoints(family), [BATCH], options)[0]
-    bound = SAME if mesh.world_size == 1 else 1e-5
-    assert relative_difference(report["gradient"], whole[family]["gradient"]) <= bound
+    # The first pass runs without gradients, where torch may choose another attention kernel.
+    assert relative_difference(report["gradient"], whole[family]["gradient"]) <= 1e-5
 
 
 @pytest.mark.parametrize(

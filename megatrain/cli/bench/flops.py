@@ -2,9 +2,9 @@
 
 Forward: 2 FLOPs per token for each matrix weight that the token meets, and causal attention.
 Backward through a frozen base: 2 FLOPs again, for input gradients only; attention has no weights,
-so its backward is twice its forward.  That is 4 N_active per token
-and attention for LoRA, where full training has 6 N_active.  The adapters' own
-arithmetic, norms, and what checkpointing computes again are not counted.
+so its backward is twice its forward.  That is 4 N_active per token and attention for LoRA, where
+full training has 6 N_active.  The adapters' own arithmetic, norms, and what checkpointing computes
+again are not counted.
 """
 
 import math
@@ -28,7 +28,8 @@ class Work:
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> "Work":
         """Count a Hugging Face checkpoint from its tensors' shapes and its configuration."""
-        share = config["num_experts_per_tok"] / config["num_experts"] if _is_moe(config) else 1.0
+        num_experts = config.get("num_experts") or config.get("num_local_experts")
+        share = config["num_experts_per_tok"] / num_experts if num_experts else 1.0
         active = 0.0
         for name, shape in shapes.items():
             if len(shape) < 2 or (name.endswith(EMBEDDING) and not config["tie_word_embeddings"]):
@@ -56,7 +57,3 @@ class Work:
         # Attention has no weights to freeze: its backward is twice its forward.
         attention = 6.0 * self.attention_width * sum(n * n for n in lengths)
         return linear + attention
-
-
-def _is_moe(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("num_experts"))

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work held: sampled on a CPU, asked of the allocator on a GPU."""
+"""How long a stretch of work took, and the most memory that it held, on a CPU or a GPU."""
 
 import ctypes
 import gc

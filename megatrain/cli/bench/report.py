@@ -187,8 +187,8 @@ def notes(job: Job, outcome: Outcome, work: Work) -> list[str]:
         f"labels on {labels:,}; micro-batches of at most {job.max_tokens:,} tokens in both systems",
         f"{machine['device']}; {machine['cpu']}, {machine['cores']} cores, {job.threads} threads; "
         f"ours: layout {job.mesh.describe()}, back end {job.backend}",
-        f"medians after a warm-up; a configuration of the peer over {HOPELESS:g} times as slow as its "
-        f"best is measured {ROUNDS_FOR_ALL} times only; step: clipping, AdamW, zeroing",
+        f"medians after a warm-up; a configuration of the peer over {HOPELESS:g} times as slow as "
+        f"its best is measured {ROUNDS_FOR_ALL} times only; step: clipping, AdamW, zeroing",
         "MFU: 4 N_active FLOPs per token plus attention (no weight gradients, no recomputation); "
         f"N_active {work.active_parameters / 1e6:,.1f} M" + _peak(outcome),
         "peer: data sorted by length before padding, no mask for right padding, SDPA",
