@@ -23,6 +23,7 @@ from megatrain.model.microbatch import MicroBatch
 from megatrain.model.provider import make_bridge, make_provider
 from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
+from megatrain.platforms.bridge_import import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +151,12 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
 
     Raises UnknownFamilyError, LayoutError or CheckpointError.
     """
-    auto_bridge = make_bridge(folder)
-    provider = make_provider(auto_bridge, config, groups)
-    source = SafetensorsFolder(folder)
     stages = range(groups.mesh.vpp) if groups.mesh.vpp > 1 else [None]
-    chunks = [provider.provide(vp_stage=stage) for stage in stages]
+    with quiet():
+        auto_bridge = make_bridge(folder)
+        provider = make_provider(auto_bridge, config, groups)
+        source = SafetensorsFolder(folder)
+        chunks = [provider.provide(vp_stage=stage) for stage in stages]
     for chunk, stage in zip(chunks, stages, strict=True):
         chunk.model_type = _model_type()
         chunk.vp_stage = stage

@@ -82,7 +82,7 @@ def _set_layout(provider: Any, groups: Groups) -> None:
     provider.context_parallel_size = mesh.cp
     provider.expert_model_parallel_size = mesh.ep
     provider.expert_tensor_parallel_size = mesh.etp
-    provider.should_pad_vocab = True
+    provider.should_pad_vocab = provider.vocab_size % mesh.tp > 0
     provider.make_vocab_size_divisible_by = 1
     # Packed micro-batches have different lengths: stages tell each other the shape first.  The
     # interleaved schedule cannot (with two stages, previous and next are the same rank, and

@@ -54,16 +54,31 @@ def _transformer_engine_stand_in() -> Iterator[None]:
             del sys.modules[name]
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Megatron from telling what is not installed or deprecated; `megatrain doctor` does.
+
+    Errors are still logged.  Megatron-Bridge sets its own log level when it is imported.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        for name in ("megatron.core", "megatron.bridge"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def import_megatron() -> None:
     """Import megatron.core, then megatron.bridge.  Takes seconds the first time.
 
     Megatron-Core must see that Transformer Engine is absent before the stand-in is there.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         import megatron.core.models.gpt.gpt_layer_specs  # noqa: PLC0415
 
         with _transformer_engine_stand_in():
             import megatron.bridge  # noqa: F401, PLC0415
-    for name in ("megatron.core", "megatron.bridge"):
-        logging.getLogger(name).setLevel(logging.ERROR)
