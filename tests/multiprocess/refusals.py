@@ -106,9 +106,13 @@ def bad_evaluations(folder: Any, batches: dict[str, Any]) -> Answers:
 def wrong_order(folder: Any, good: Batch) -> Answers:
     """Return how calls in an order that cannot work are answered."""
     model = make_model(folder, {})
-    result = answers({"forward_only of no adapter": lambda: model.forward_only(
-        inputs=good, adapter_name="default"
-    )})
+    result = answers(
+        {
+            "forward_only of no adapter": lambda: model.forward_only(
+                inputs=good, adapter_name="default"
+            )
+        }
+    )
     model.add_adapter_to_model("default", LORA)
     result |= answers(
         {

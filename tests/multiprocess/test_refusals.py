@@ -57,9 +57,7 @@ SLOPPY_BATCHES = {
 @pytest.fixture(scope="module")
 def batch_report(ranks, checkpoints):
     given = {name: batch for name, (batch, _) in BATCHES.items()}
-    return ranks.run(
-        refusals.bad_batches, DeviceMesh(tp=2), checkpoints("qwen3"), GOOD, given
-    )
+    return ranks.run(refusals.bad_batches, DeviceMesh(tp=2), checkpoints("qwen3"), GOOD, given)
 
 
 @pytest.mark.parametrize("case", BATCHES)
@@ -107,9 +105,7 @@ LORA_MISTAKES = {
 
 
 @pytest.mark.parametrize("mesh", [DeviceMesh(), DeviceMesh(pp=2)], ids=DeviceMesh.describe)
-def test_an_adapter_that_cannot_be_is_refused_by_name_and_leaves_no_trace(
-    mesh, ranks, checkpoints
-):
+def test_an_adapter_that_cannot_be_is_refused_by_name_and_leaves_no_trace(mesh, ranks, checkpoints):
     configs = {name: config for name, (config, _) in LORA_MISTAKES.items()}
     for report in ranks.run(refusals.bad_adapters, mesh, checkpoints("qwen3"), configs):
         for name, (_, fragment) in LORA_MISTAKES.items():
@@ -224,9 +220,7 @@ def test_an_infinite_gradient_is_dropped_and_named(mesh, ranks, checkpoints):
     assert largest_adapter_difference(reports[0]["before"], reports[0]["after"]) == 0.0
 
 
-def test_a_checkpoint_of_nan_weights_is_named_when_it_is_first_used(
-    ranks, checkpoints, tmp_path
-):
+def test_a_checkpoint_of_nan_weights_is_named_when_it_is_first_used(ranks, checkpoints, tmp_path):
     folder = copied(checkpoints("qwen3"), tmp_path / "nan")
     change(folder, lambda t: t["model.norm.weight"].fill_(float("nan")))
     report = ranks.run(tasks.outcome, DeviceMesh(tp=2), folder, GOOD)[0]
@@ -267,7 +261,9 @@ def broken_checkpoints(checkpoints, tmp_path_factory):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     (new("garbage") / "model.safetensors").write_bytes(b"not a safetensors file at all")
     write_index(new("missing shard"), {name: "model-00002-of-00002.safetensors" for name in names})
-    write_index(new("index lies"), {**dict.fromkeys(names, "model.safetensors"), "x": "model.safetensors"})
+    write_index(
+        new("index lies"), {**dict.fromkeys(names, "model.safetensors"), "x": "model.safetensors"}
+    )
     (new("index is not json") / "model.safetensors.index.json").write_text("{")
     change(new("missing tensor"), lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     change(
@@ -289,7 +285,8 @@ def broken_checkpoints(checkpoints, tmp_path_factory):
         lambda t: t.update({"model.norm.weight": torch.zeros(65)}),
     )
     change(
-        new("small vocabulary"), lambda t: t.update({"model.embed_tokens.weight": torch.zeros(500, 64)})
+        new("small vocabulary"),
+        lambda t: t.update({"model.embed_tokens.weight": torch.zeros(500, 64)}),
     )
     folder = new("no safetensors")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -111,7 +111,7 @@ class Job:
     @property
     def base_steps(self) -> int:
         """Optimizer steps that make the base."""
-        return 280
+        return 240
 
     @property
     def base_metrics(self) -> Path:

@@ -1,0 +1,27 @@
+"""Log-probabilities from a vocabulary that is split over ranks, against log_softmax of the whole."""
+
+import pytest
+import torch
+
+from megatrain.parallel.layout import DeviceMesh
+from tests.unit.kernels import shard_tasks
+from tests.unit.kernels.shard_tasks import make_problem, weighted_sum
+
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.mark.parametrize("head", ["frozen", "general"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_together_give_log_softmax_and_its_gradients(size, head, ranks):
+    hidden, weight, targets = make_problem()
+    logps = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
+    gradients = torch.autograd.grad(weighted_sum(logps), [hidden, weight])
+    reports = ranks.run(shard_tasks.sharded_logprobs, DeviceMesh(tp=size), head)
+    for report in reports:
+        torch.testing.assert_close(report["logps"], logps.detach(), rtol=1e-6, atol=2e-6)
+    # Each rank's gradient for the hidden states is its shard's part; the caller adds them up.
+    summed = sum(report["hidden"] for report in reports)
+    torch.testing.assert_close(summed, gradients[0], rtol=1e-6, atol=2e-6)
+    if head == "general":
+        ours = torch.cat([report["weight"] for report in reports])[: len(weight)]
+        torch.testing.assert_close(ours, gradients[1], rtol=1e-6, atol=2e-6)

@@ -1,0 +1,41 @@
+"""What a rank does for test_batch: megatrain.train.batch imports Megatron."""
+
+from typing import Any
+
+from megatrain.api.session import current_session
+
+
+def plan_all(cases: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """Return plan_bins of each case."""
+    from megatrain.train.batch import plan_bins
+
+    return [plan_bins(**case) for case in cases]
+
+
+def pack_all(batches: list[Any], **options: Any) -> list[dict[str, Any]]:
+    """Return this rank's micro-batches of each batch, as lists, and the batch's slots."""
+    from megatrain.train.batch import BatchPlan, check_batch
+
+    result = []
+    for batch in batches:
+        data = check_batch(batch, vocab_size=512, train=False)
+        plan = BatchPlan(data, current_session().groups, **options)
+        packs = [
+            {
+                "ids": m.input_ids_1T[0].tolist(),
+                "positions": m.positions_1T[0].tolist(),
+                "index": m.label_index_N.tolist(),
+                "targets": m.targets_N.tolist(),
+                "weights": m.weights_N.tolist(),
+                "slots": m.slots_N.tolist(),
+                "segments": [(s.q_start, s.num_queries, s.k_start, s.num_keys) for s in m.packed.segments],
+            }
+            for m in plan.micro_batches()
+        ]
+        result.append({"packs": packs, "num_slots": plan.num_slots, "num_labels": plan.num_labels})
+    return result
+
+
+def pack_with(batches: list[Any], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return pack_all with keyword options (a task has positional arguments only)."""
+    return pack_all(batches, **options)
