@@ -45,7 +45,11 @@ def compare(ours, theirs, inputs, dtype):
 def test_attention_is_its_definition(dtype, value_size, window, with_sinks):
     torch.manual_seed(0)
     total = sum(LENGTHS)
-    inputs = [torch.randn(total, 4, 64), torch.randn(total, 2, 64), torch.randn(total, 2, value_size)]
+    inputs = [
+        torch.randn(total, 4, 64),
+        torch.randn(total, 2, 64),
+        torch.randn(total, 2, value_size),
+    ]
     if with_sinks:
         inputs.append(torch.randn(4))
 

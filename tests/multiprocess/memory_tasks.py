@@ -38,9 +38,9 @@ class Peak:
 
 
 def loading_growth(folder: Path) -> dict[str, Any]:
-    """Return bytes: the growth while loading, this rank's parameters, its largest one times TP.
+    """Return bytes: the growth while loading, this rank's parameters, and its largest fused one.
 
-    The largest fused parameter is counted whole, as over all TP ranks it is.
+    The fused one is counted as this rank holds it: under TP that is the stricter bound.
     """
     gc.collect()
     with Peak() as peak:

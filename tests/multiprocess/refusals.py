@@ -140,7 +140,7 @@ def wrong_order(folder: Any, good: Batch) -> Answers:
 
 
 def not_finite(folder: Any, good: Batch) -> dict[str, Any]:
-    """Return how losses that are not numbers are answered, at step 1, and what stays of the state."""
+    """Return how losses that are not numbers are answered at step 1, and the state after."""
     model = make_model(folder)
     model.set_optimizer("AdamW", lr=1e-4)
     model.forward_backward(inputs=good)

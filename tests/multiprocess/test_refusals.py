@@ -260,7 +260,7 @@ def broken_checkpoints(checkpoints, tmp_path_factory):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     (new("garbage") / "model.safetensors").write_bytes(b"not a safetensors file at all")
-    write_index(new("missing shard"), {name: "model-00002-of-00002.safetensors" for name in names})
+    write_index(new("missing shard"), dict.fromkeys(names, "model-00002-of-00002.safetensors"))
     write_index(
         new("index lies"), {**dict.fromkeys(names, "model.safetensors"), "x": "model.safetensors"}
     )

@@ -1,4 +1,4 @@
-"""One training step: what packing, micro-batches, accumulation and recomputation must not change."""
+"""One training step: what packing, micro-batches and accumulation must not change."""
 
 import math
 

@@ -61,13 +61,17 @@ class PeakMemory:
 
 
 class Stopwatch:
-    """`with Stopwatch(device) as watch: ...`, then `watch.seconds`, the device's work included."""
+    """`with Stopwatch(device) as watch: ...`, then `watch.seconds`, the device's work included.
+
+    `watch.cpu_seconds` is the processors' time, which other work on the machine changes less.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
+        self.device, self.seconds, self.cpu_seconds = device, 0.0, 0.0
 
     def __enter__(self) -> Self:
         self._wait()
+        self._cpu_start = time.process_time()
         self._start = time.perf_counter()
         return self
 
@@ -79,10 +83,21 @@ class Stopwatch:
     ) -> None:
         self._wait()
         self.seconds = time.perf_counter() - self._start
+        self.cpu_seconds = time.process_time() - self._cpu_start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def measurement(watch: Stopwatch, peak: PeakMemory) -> dict[str, float]:
+    """Return what both found, for an answer."""
+    return {
+        "seconds": watch.seconds,
+        "cpu_seconds": watch.cpu_seconds,
+        "bytes": peak.bytes,
+        "resident": peak.resident_bytes,
+    }
 
 
 def resident_memory() -> tuple[int, int]:

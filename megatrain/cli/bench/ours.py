@@ -12,7 +12,7 @@ import torch
 
 import megatrain
 from megatrain.cli.bench.job import DTYPES, Job
-from megatrain.cli.bench.memory import PeakMemory, Stopwatch
+from megatrain.cli.bench.memory import PeakMemory, Stopwatch, measurement
 from megatrain.cli.bench.turns import Answer, Unit, serve
 from megatrain.cli.quickstart.child import report_failure
 
@@ -62,19 +62,14 @@ class Ours:
     def _forward(self) -> Answer:
         with PeakMemory(self.device) as peak, Stopwatch(self.device) as watch:
             self.model.forward_only(inputs=self.batch)
-        return {"seconds": watch.seconds, "bytes": peak.bytes, "resident": peak.resident_bytes}
+        return measurement(watch, peak)
 
     def _train(self) -> Answer:
         with PeakMemory(self.device) as peak, Stopwatch(self.device) as watch:
             self.model.forward_backward(inputs=self.batch)
         with Stopwatch(self.device) as step_watch:
             self.model.clip_grad_and_step(max_grad_norm=1.0)
-        return {
-            "seconds": watch.seconds,
-            "bytes": peak.bytes,
-            "resident": peak.resident_bytes,
-            "step_seconds": step_watch.seconds,
-        }
+        return measurement(watch, peak) | {"step_seconds": step_watch.seconds}
 
 
 def _device() -> torch.device:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from megatrain.cli.bench.data import padded_batches
 from megatrain.cli.bench.job import Job
-from megatrain.cli.bench.memory import PeakMemory, Stopwatch
+from megatrain.cli.bench.memory import PeakMemory, Stopwatch, measurement
 from megatrain.cli.bench.turns import Answer, Unit, serve
 from megatrain.cli.quickstart.child import report_failure
 from megatrain.types import IGNORED_LABEL
@@ -97,7 +97,7 @@ class Peer:
         with PeakMemory(self.device) as peak, Stopwatch(self.device) as watch:
             for value in self.logprobs(batches):
                 value.cpu()
-        return {"seconds": watch.seconds, "bytes": peak.bytes, "resident": peak.resident_bytes}
+        return measurement(watch, peak)
 
     def _train(self, batches: list[list[int]]) -> Answer:
         with PeakMemory(self.device) as peak, Stopwatch(self.device) as watch:
@@ -106,12 +106,7 @@ class Peer:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return {
-            "seconds": watch.seconds,
-            "bytes": peak.bytes,
-            "resident": peak.resident_bytes,
-            "step_seconds": step_watch.seconds,
-        }
+        return measurement(watch, peak) | {"step_seconds": step_watch.seconds}
 
     @torch.inference_mode()
     def logprobs(self, batches: list[list[int]]) -> list[Tensor]:

@@ -158,6 +158,8 @@ def merge_ranks(answers: list[Answer], *, device: str) -> Answer:
     for key in ("seconds", "step_seconds"):
         if key in merged:
             merged[key] = max(answer[key] for answer in answers)
+    if "cpu_seconds" in merged:
+        merged["cpu_seconds"] = sum(answer["cpu_seconds"] for answer in answers)
     for key in ("bytes", "resident"):
         if key in merged:
             values = [answer[key] for answer in answers]

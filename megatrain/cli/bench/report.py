@@ -201,9 +201,26 @@ def notes(job: Job, outcome: Outcome, work: Work) -> list[str]:
     if job.load_before > BUSY * machine["cores"]:
         lines.append(
             f"the machine was shared: load average {job.load_before:.1f} before the run began, so "
-            "times are noisy, and a system that waits for threads suffers most"
+            "times are noisy, and a system that waits for threads suffers most" + cpu_ratio(outcome)
         )
     return lines + [_agreement_note(each) for each in outcome.agreement]
+
+
+def cpu_ratio(outcome: Outcome) -> str:
+    """Return the peer's best processor time over ours, as the end of a sentence."""
+    if outcome.started["ours"][0]["device"] != "cpu":
+        return ""
+    kinds = {"forward": "forward", "train": "forward+backward"}
+    found = []
+    for kind, name in kinds.items():
+        times: dict[str, list[float]] = {"ours": [], "peer": []}
+        for each in outcome.entrants:
+            value = median(getattr(each, kind), "cpu_seconds")
+            if value:
+                times[each.system].append(value)
+        if times["ours"] and times["peer"]:
+            found.append(f"{min(times['peer']) / times['ours'][0]:.2f}x {name}")
+    return f"; by processor time ours / best of peer is {', '.join(found)}" if found else ""
 
 
 def _peak(outcome: Outcome) -> str:

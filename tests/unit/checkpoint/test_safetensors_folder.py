@@ -93,7 +93,7 @@ def test_an_unknown_scheme_is_refused(model_id):
 
 def test_a_path_that_is_no_checkpoint_is_not_looked_up_on_a_hub(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", "./nowhere", "~/nowhere"):
-        with pytest.raises(CheckpointError, match="config.json"):
+        with pytest.raises(CheckpointError, match=r"config\.json"):
             locate(str(path))
 
 

@@ -175,7 +175,8 @@ class FakeSystem:
         if unit["phase"] == "check":
             return [self._check(unit["name"])]
         seconds = self.seconds[unit["name"]]
-        return [{"seconds": seconds, "bytes": 10, "resident": 20, "step_seconds": 0.5}]
+        times = {"seconds": seconds, "cpu_seconds": 2 * seconds, "step_seconds": 0.5}
+        return [times | {"bytes": 10, "resident": 20}]
 
     def _check(self, configuration: str) -> dict[str, Any]:
         file = f"{self.name}-{configuration}.npz"
@@ -213,6 +214,7 @@ def test_systems_take_turns_and_the_hopeless_are_not_repeated(tmp_path: Path) ->
     assert (ratio.forward, ratio.forward_backward, ratio.step_seconds) == (3.0, 3.0, 1.0)
     tokens = sum(race.job.lengths())
     assert table[0].forward == tokens
+    assert report.cpu_ratio(outcome).endswith("3.00x forward, 3.00x forward+backward")
     assert table[0].mfu == pytest.approx(4 * 1000 * tokens / 1e9)
 
 
@@ -230,10 +232,11 @@ def test_a_difference_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
 
 def test_ranks_give_the_slowest_time_and_their_memory_together() -> None:
     answers = [
-        {"seconds": 1.0, "bytes": 5, "resident": 6},
-        {"seconds": 2.0, "bytes": 7, "resident": 8},
+        {"seconds": 1.0, "cpu_seconds": 0.5, "bytes": 5, "resident": 6},
+        {"seconds": 2.0, "cpu_seconds": 1.5, "bytes": 7, "resident": 8},
     ]
-    assert merge_ranks(answers, device="cpu") == {"seconds": 2.0, "bytes": 12, "resident": 14}
+    expected = {"seconds": 2.0, "cpu_seconds": 2.0, "bytes": 12, "resident": 14}
+    assert merge_ranks(answers, device="cpu") == expected
     assert merge_ranks(answers, device="NVIDIA")["bytes"] == 7
 
 

@@ -45,9 +45,7 @@ def test_values_and_gradients_are_those_of_the_definition(case):
     inputs = [*qkv, *([] if sinks is None else [sinks])]
     results = []
     for function in (packed_attention, packed_attention_reference):
-        out = function(
-            *qkv, segments(LENGTHS), scale=0.37, window=window, sinks_H=sinks
-        )
+        out = function(*qkv, segments(LENGTHS), scale=0.37, window=window, sinks_H=sinks)
         weights = torch.linspace(-1, 1, out.numel()).view_as(out)
         results.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):

@@ -66,7 +66,9 @@ def test_without_gradients_nothing_is_kept(problem):
     with torch.no_grad():
         logps = frozen_head_logprobs(hidden, weight, targets)
     assert not logps.requires_grad
-    torch.testing.assert_close(logps, naive(hidden, weight, targets).detach(), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logps, naive(hidden, weight, targets).detach(), rtol=0, atol=TOLERANCE
+    )
 
 
 def test_half_precision_hidden_states_give_float32_log_probabilities(problem):

@@ -1,4 +1,4 @@
-"""Log-probabilities from a vocabulary that is split over ranks, against log_softmax of the whole."""
+"""Log-probabilities from a vocabulary split over ranks, against log_softmax of the whole."""
 
 import pytest
 import torch

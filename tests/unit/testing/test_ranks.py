@@ -16,7 +16,10 @@ def test_a_task_runs_on_every_rank_of_a_mesh_and_processes_live_on(ranks):
     first = ranks.run(pool_tasks.who, DeviceMesh(tp=2, pp=2), "x")
     second = ranks.run(pool_tasks.who, DeviceMesh(cp=2), "y")
     assert [(rank, world, word) for _, rank, world, word in first] == [
-        (0, 4, "x"), (1, 4, "x"), (2, 4, "x"), (3, 4, "x"),
+        (0, 4, "x"),
+        (1, 4, "x"),
+        (2, 4, "x"),
+        (3, 4, "x"),
     ]
     assert [(rank, world, word) for _, rank, world, word in second] == [(0, 2, "y"), (1, 2, "y")]
     pids = [pid for pid, *_ in first]

@@ -28,7 +28,9 @@ def pack_all(batches: list[Any], **options: Any) -> list[dict[str, Any]]:
                 "targets": m.targets_N.tolist(),
                 "weights": m.weights_N.tolist(),
                 "slots": m.slots_N.tolist(),
-                "segments": [(s.q_start, s.num_queries, s.k_start, s.num_keys) for s in m.packed.segments],
+                "segments": [
+                    (s.q_start, s.num_queries, s.k_start, s.num_keys) for s in m.packed.segments
+                ],
             }
             for m in plan.micro_batches()
         ]

@@ -1,4 +1,4 @@
-"""The plan of a batch: every datum once, budgets kept, labels shifted by one to where they belong."""
+"""The plan of a batch: every datum once, budgets kept, labels where they belong."""
 
 import random
 
@@ -91,7 +91,9 @@ def test_every_label_is_predicted_once_from_the_token_before_it(mesh, options, r
                     assert weight == float(slot >= 0)
         assert found == expected
         assert {r[number]["num_labels"] for r in reports} == {num_labels(batch)}
-        assert {r[number]["num_slots"] for r in reports} == {sum(len(d["input_ids"]) for d in batch)}
+        assert {r[number]["num_slots"] for r in reports} == {
+            sum(len(d["input_ids"]) for d in batch)
+        }
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: mesh.describe().replace("·", "-"))
