@@ -35,8 +35,8 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
 
     def _from_index(self, index: Path) -> dict[str, str]:
         try:
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"not a safetensors index: {index}: {error}") from error
         missing = sorted(
             name for name in set(files.values()) if not (self.folder / Path(name).name).is_file()

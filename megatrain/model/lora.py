@@ -124,7 +124,7 @@ def check_targets(spec: LoraSpec, table: ParameterTable) -> None:
             for target in wanted
             if not any(name == target or name.endswith(f".{target}") for name in names)
         ]
-    parameters = list(table.hf_shapes)
+    parameters = {*table.hf_shapes, *names}
     unmatched += [
         target
         for target in spec.target_parameters or ()

@@ -280,6 +280,19 @@ def _undo_jit_fuser() -> None:
                         setattr(owner, name, original)
 
 
+def _rotary_of_cp_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+    """Return chunks r and 2c-1-r of 2c along `seq_dim`, for rank r of c."""
+    size, rank = cp_group.size(), cp_group.rank()
+    chunks = pos_emb.chunk(2 * size, seq_dim)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], seq_dim)
+
+
+def _replace_rotary_of_cp_rank() -> None:
+    for module in _megatron_modules():
+        if "get_pos_emb_on_this_cp_rank" in module.__dict__:
+            module.__dict__["get_pos_emb_on_this_cp_rank"] = _rotary_of_cp_rank
+
+
 def _keep_tied_embedding_on_cpu() -> None:
     name = "megatron.core.models.common.language_module.language_module"
     cls = importlib.import_module(name).LanguageModule
@@ -318,6 +331,12 @@ PATCHES = (
         "megatron-core decorates small functions with torch.compile; compiling them with a C++ "
         "compiler costs minutes on a CPU and buys nothing there",
         _undo_jit_fuser,
+    ),
+    Patch(
+        "megatron.rotary_of_cp_rank",
+        "rotary embeddings are split over context parallel ranks with an index from pinned memory "
+        "and Tensor.cuda()",
+        _replace_rotary_of_cp_rank,
     ),
     Patch(
         "megatron.tied_embedding",

@@ -69,7 +69,9 @@ class RankPool:
             ready = wait(waiting, timeout=timeout_s)
             if not ready:
                 self.close()
-                raise RankFailure(f"no answer within {timeout_s} s from {len(waiting)} rank(s)")
+                heard = [text for ok, text in answers.values() if not ok]
+                missing = f"no answer within {timeout_s} s from {len(waiting)} rank(s)"
+                raise RankFailure("\n".join([missing, *heard]))
             for index, pipe in enumerate(pipes):
                 if pipe in ready:
                     try:

@@ -16,7 +16,12 @@ def test_quickstart_trains_exports_and_verifies(options, tmp_path):
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
-    for name in ("base/config.json", "adapter/adapter_model.safetensors", "metrics.jsonl", "loss.png"):
+    for name in (
+        "base/config.json",
+        "adapter/adapter_model.safetensors",
+        "metrics.jsonl",
+        "loss.png",
+    ):
         assert (out / name).is_file(), name
     report = json.loads((out / "report.json").read_text())
     # The base has never seen the task; a fall to under a fifth is seen, a half is asked for.

@@ -107,7 +107,7 @@ def test_accumulation_over_calls_does_not_change_gradients(mesh, ranks, checkpoi
 def test_recomputation_does_not_change_gradients(family, mesh, whole, ranks, checkpoints):
     options = {"recompute": True}
     report = ranks.run(tasks.gradient_of, mesh, checkpoints(family), [BATCH], options)[0]
-    # The first pass runs without gradients, where torch may choose another attention kernel.
+    # The first pass runs without gradients and rounds a little differently: logps differ by 1e-6.
     assert relative_difference(report["gradient"], whole[family]["gradient"]) <= 1e-5
 
 

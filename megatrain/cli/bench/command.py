@@ -145,8 +145,9 @@ def _make_checkpoint(job: Any, job_file: Path) -> None:
     command = python_module("megatrain.cli.bench.checkpoint", str(job_file))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = first_failure(job.folder) or done.stderr[-3000:]
-        raise ChildFailedError(f"the checkpoint could not be made\n{reason.rstrip()}")
+        raise first_failure(job.folder) or ChildFailedError(
+            f"the checkpoint could not be made\n{done.stderr[-3000:].rstrip()}"
+        )
 
 
 def _check_file(out: Path | None) -> None:

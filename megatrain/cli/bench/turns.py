@@ -105,9 +105,8 @@ class System:
             time.sleep(POLL_S)
 
     def _fail(self, what: str) -> None:
-        reason = first_failure(self.folder) or self.log.read_text(errors="replace")[-3000:]
-        raise ChildFailedError(
-            f"{self.name} {what}\n{reason.rstrip()}", hint=f"its whole output was in {self.log}"
+        raise first_failure(self.folder) or ChildFailedError(
+            f"{self.name} {what}\n{self.log.read_text(errors='replace')[-3000:].rstrip()}"
         )
 
     def stop(self) -> None:
