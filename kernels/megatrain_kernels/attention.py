@@ -26,18 +26,29 @@ def packed_attention(
     `window` counts the keys before the query that it still sees (None: all of them).  `sinks_H`
     holds a logit per head that takes part in the softmax and has no value.
     """
+    # Split, not sliced one by one: the gradient of a slice is as long as the whole.
+    queries = q_THD.split([s.num_queries for s in segments])
+    keys, values = (_per_segment(x, segments) for x in (k_SGD, v_SGV))
     out = [
-        _segment_attention(
-            q_THD[s.q_start : s.q_start + s.num_queries],
-            k_SGD[s.k_start : s.k_start + s.num_keys],
-            v_SGV[s.k_start : s.k_start + s.num_keys],
-            scale,
-            window,
-            sinks_H,
-        )
-        for s in segments
+        _segment_attention(q, k, v, scale, window, sinks_H)
+        for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _per_segment(x_S: Tensor, segments: tuple[Segment, ...]) -> list[Tensor]:
+    """Return the keys of each segment; segments of one sequence share a piece of the split."""
+    longest: dict[int, int] = {}
+    for s in segments:
+        longest[s.k_start] = max(longest.get(s.k_start, 0), s.num_keys)
+    starts = sorted(longest)
+    ends = [*starts[1:], x_S.shape[0]]
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    pieces = dict(zip(starts, x_S.split(sizes), strict=True))
+    return [
+        piece if piece.shape[0] == s.num_keys else piece[: s.num_keys]
+        for s, piece in ((s, pieces[s.k_start]) for s in segments)
+    ]
 
 
 def _segment_attention(

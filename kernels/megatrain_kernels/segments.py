@@ -39,6 +39,8 @@ def segments(lengths: Sequence[int], *, cp_size: int = 1, cp_rank: int = 0) -> t
 
 def local_positions(lengths: Sequence[int], *, cp_size: int, cp_rank: int) -> list[int]:
     """Return, for each token on this rank, its index in the whole packed batch."""
+    if cp_size == 1:
+        return list(range(sum(lengths)))
     result: list[int] = []
     start = 0
     for length in lengths:

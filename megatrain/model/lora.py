@@ -259,7 +259,7 @@ def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapter) -> None:
 
     if isinstance(module, Router):
         gating = module.gating
-        module.gating = lambda x: gating(x) if lora() is None else _add(gating(x), lora()(x))
+        module.gating = lambda x: gating(x) if lora() is None else lora()(x, gating(x))
         return
     hook: Callable[..., Any] = _linear_hook
     if isinstance(linear, GroupedLoraLinear):
@@ -267,10 +267,6 @@ def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapter) -> None:
     elif isinstance(linear, EmbeddingLora):
         hook = _embedding_hook
     module.register_forward_hook(lambda _, args, output: hook(lora(), args, output))
-
-
-def _add(out: Tensor, delta: Tensor) -> Tensor:
-    return out + delta.to(out.dtype).view_as(out)
 
 
 def _embedding_hook(lora: EmbeddingLora | None, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -282,7 +278,7 @@ def _linear_hook(lora: LoraLinear | None, args: tuple[Any, ...], output: Any) ->
     x: Tensor = args[0]
     if isinstance(out, tuple):
         out, x = out
-    return (out if lora is None else out + lora(x)), bias
+    return (out if lora is None else lora(x, out)), bias
 
 
 def _expert_hook(lora: GroupedLoraLinear | None, args: tuple[Any, ...], output: Any) -> Any:

@@ -87,19 +87,20 @@ class LoraLinear(torch.nn.Module):
         places = torch.cat([part.places for part in parts])
         self.in_order = torch.equal(places, torch.arange(shape.out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return scale * x A^T B^T for the linear's output, (T, 1, O).  Collective over TP."""
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the linear's output (T, 1, O) plus scale * x A^T B^T.  Collective over TP."""
         shape = self.shape
         h = self._project(x)
         if shape.sequence_parallel and shape.kind == "column":
             h = gather_from_sequence_parallel_region(h, group=shape.tp_group)
         elif shape.sequence_parallel and shape.kind == "row":
             h = reduce_scatter_to_sequence_parallel_region(h, group=shape.tp_group)
-        return self._expand(h)
+        h = h.flatten(0, -2).to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), h, self.fused_b().to(out.dtype).T).view_as(out)
 
     def local(self, x: Tensor) -> Tensor:
         """Return the delta for inputs that are whole on every TP rank.  No communication."""
-        return self._expand(self._project(x))
+        return self._project(x) @ self.fused_b().T
 
     def _drop(self, x: Tensor) -> Tensor:
         """Apply dropout with random numbers of this rank's own."""
@@ -114,19 +115,10 @@ class LoraLinear(torch.nn.Module):
         a_SI = self.lora_A[0] if len(self.parts) == 1 else torch.cat(list(self.lora_A))
         return x @ a_SI.T
 
-    def _expand(self, h: Tensor) -> Tensor:
-        """Return h B^T with each part's rows in their places and zero elsewhere."""
-        if self.in_order:
-            pieces = h.split([p.rank for p in self.parts], -1)
-            out = [
-                (piece * part.scale) @ b.T
-                for piece, part, b in zip(pieces, self.parts, self.lora_B, strict=True)
-            ]
-            return out[0] if len(out) == 1 else torch.cat(out, -1)
-        return h @ self.fused_b().T
-
     def fused_b(self) -> Tensor:
         """Return scale * B of all parts as one matrix (O, S), zero where a part has no row."""
+        if len(self.parts) == 1 and self.in_order:
+            return self.lora_B[0] * self.parts[0].scale
         blocks = []
         for index, (part, b) in enumerate(zip(self.parts, self.lora_B, strict=True)):
             block = b.new_zeros(self.shape.out_features, part.rank)
@@ -152,7 +144,7 @@ class EmbeddingLora(LoraLinear):
             h = reduce_scatter_to_sequence_parallel_region(
                 h.transpose(0, 1).contiguous(), group=self.shape.tp_group
             )
-        return self._expand(h)
+        return h @ self.fused_b().T
 
 
 class GroupedLoraLinear(LoraLinear):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatrain_kernels.attention import packed_attention
 from megatrain_kernels.context_parallel import gather_keys_and_values
-from megatrain_kernels.segments import Segment, key_order, segments
+from megatrain_kernels.segments import Segment, key_order, local_positions, segments
 
 
 @dataclass
@@ -27,7 +27,13 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(lengths: list[int], *, cp_group: Any, device: torch.device) -> PackedSequences:
     """Describe whole sequences of these lengths; with CP each is a multiple of 2 * cp."""
     cp_size, cp_rank = cp_group.size(), cp_group.rank()
-    ends = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0).to(torch.int32)
+    ends: Any = torch.tensor([0, *lengths], dtype=torch.int32, device=device)
+    ends = ends.cumsum(0).to(torch.int32)
+    starts = [start for start, n in zip(ends.tolist(), lengths, strict=False) for _ in range(n)]
+    mine = local_positions(lengths, cp_size=cp_size, cp_rank=cp_rank)
+    # Megatron hands nothing but cu_seqlens to the rotary embedding: they carry what it needs.
+    ends.positions_T = torch.tensor([i - starts[i] for i in mine], device=device)
+    ends.last_position = max(lengths) - 1
     order = None
     if cp_size > 1:
         order = torch.tensor(key_order(lengths, cp_size=cp_size), device=device)

@@ -16,6 +16,7 @@ from megatrain_kernels.torch_backend.linears import (
     TorchRowParallelGroupedLinear,
 )
 from megatrain_kernels.torch_backend.norms import TorchLayerNormColumnParallelLinear, TorchNorm
+from megatrain_kernels.torch_backend.rotary import packed_rotary
 
 REPLACEMENTS: dict[str, type] = {
     "TENorm": TorchNorm,
@@ -114,5 +115,9 @@ def use_torch_backend() -> None:
             for old, new in REPLACEMENTS.items():
                 if old in module.__dict__:
                     module.__dict__[old] = new
+    attention = sys.modules["megatron.core.transformer.attention"]
+    original = attention.__dict__["apply_rotary_pos_emb"]
+    if not hasattr(original, "is_packed"):
+        attention.__dict__["apply_rotary_pos_emb"] = packed_rotary(original)
     for name, parallelism in PARALLELISM.items():
         AutoMapping.register_module_type(name, parallelism)
