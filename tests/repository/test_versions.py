@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
-HEADER = "# For pip: the versions under constraint-dependencies in pyproject.toml.  Generated.\n"
+HEADER = "# For pip on Linux, with --no-deps: all that pyproject.toml pins.  Generated.\n"
 EXACT = re.compile(r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+-]+$")
 
 
@@ -19,7 +19,8 @@ def _constraints() -> list[str]:
 
 
 def _text() -> str:
-    return HEADER + "".join(f"{line}\n" for line in _constraints())
+    lines = sorted(_constraints() + _project()["project"]["dependencies"])
+    return HEADER + "".join(f"{line}\n" for line in lines)
 
 
 def test_pip_gets_the_versions_that_uv_gets() -> None:
