@@ -71,15 +71,22 @@ class _FrozenHead(torch.autograd.Function):
         logps, jacobians = [], []
         for start in range(0, hidden_TH.shape[0], size):
             chunk = slice(start, start + size)
-            logits = (hidden_TH[chunk] @ weight_VH.T).float()
+            h, r, i = hidden_TH[chunk], rows_T[chunk], here_T[chunk]
+            logits = (h @ weight_VH.T).float()
             logits[:, num_real:] = float("-inf")
-            lse, target = _stats(logits, rows_T[chunk], here_T[chunk])
-            lse, target = _combine(lse, target, group)
+            if not needs_grad:
+                lse, target = _combine(*_stats(logits, r, i), group)
+                logps.append(target - lse)
+                continue
+            target = logits.gather(1, r.unsqueeze(1)).squeeze(1).masked_fill(~i, 0.0)
+            top = logits.amax(1)
+            p = logits.sub_(top.unsqueeze(1)).exp_()
+            lse, target = _combine(top + p.sum(1).log(), target, group)
             logps.append(target - lse)
-            if needs_grad:
-                p = logits.sub_(lse.unsqueeze(1)).exp_().neg_()
-                p.scatter_add_(1, rows_T[chunk].unsqueeze(1), here_T[chunk].float().unsqueeze(1))
-                jacobians.append(p.to(weight_VH.dtype) @ weight_VH)
+            # exp(top - lse) makes p a share of the whole vocabulary: scaled after the product.
+            share = (lse - top).neg_().exp_().unsqueeze(1).to(weight_VH.dtype)
+            own = weight_VH[r] * i.unsqueeze(1).to(weight_VH.dtype)
+            jacobians.append(own.sub_((p.to(weight_VH.dtype) @ weight_VH).mul_(share)))
         if needs_grad:
             ctx.save_for_backward(torch.cat(jacobians))
         return torch.cat(logps)

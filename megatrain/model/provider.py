@@ -19,7 +19,6 @@ UNFUSED = (
     "gradient_accumulation_fusion",
     "masked_softmax_fusion",
     "bias_dropout_fusion",
-    "bias_activation_fusion",
     "cross_entropy_loss_fusion",
     "moe_permute_fusion",
     "moe_router_fusion",
@@ -126,3 +125,10 @@ def _set_torch_backend(provider: Any) -> None:
     for name in UNFUSED:
         if hasattr(provider, name):
             setattr(provider, name, False)
+    # The one fused activation that the torch back end has.
+    provider.bias_activation_fusion = (
+        provider.activation_func is torch.nn.functional.silu
+        and bool(provider.gated_linear_unit)
+        and provider.activation_func_clamp_value is None
+        and not provider.glu_linear_offset
+    )

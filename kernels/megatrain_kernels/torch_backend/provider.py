@@ -9,6 +9,10 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
+from megatrain_kernels.torch_backend.activation import (
+    bias_swiglu_impl,
+    weighted_bias_swiglu_impl,
+)
 from megatrain_kernels.torch_backend.core_attention import TorchCoreAttention
 from megatrain_kernels.torch_backend.linears import (
     TorchColumnParallelGroupedLinear,
@@ -98,26 +102,33 @@ SPEC_MODULES = (
 """Where Megatron builds specifications with TESpecProvider."""
 
 
+FUNCTIONS = (bias_swiglu_impl, weighted_bias_swiglu_impl)
+"""What stands for Megatron's functions of the same names."""
+
+
 def use_torch_backend() -> None:
     """Make every specification that would use Transformer Engine use plain torch.
 
     Megatron names Transformer Engine's classes in module globals; those are what changes.
     Nothing outside megatron's modules does.
     """
+    _provide_specifications()
+    names = {**REPLACEMENTS, **{function.__name__: function for function in FUNCTIONS}}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and module is not None:
+            for old in names.keys() & module.__dict__.keys():
+                module.__dict__[old] = names[old]
+    attention = sys.modules["megatron.core.transformer.attention"].__dict__
+    if not hasattr(attention["apply_rotary_pos_emb"], "is_packed"):
+        attention["apply_rotary_pos_emb"] = packed_rotary(attention["apply_rotary_pos_emb"])
+    for name, parallelism in PARALLELISM.items():
+        AutoMapping.register_module_type(name, parallelism)
+
+
+def _provide_specifications() -> None:
     for name in SPEC_MODULES:
         module = sys.modules.get(name)
         if module is not None:
             module.__dict__["TESpecProvider"] = TorchSpecProvider
             if "HAVE_TE" in module.__dict__:
                 module.__dict__["HAVE_TE"] = True
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.") and module is not None:
-            for old, new in REPLACEMENTS.items():
-                if old in module.__dict__:
-                    module.__dict__[old] = new
-    attention = sys.modules["megatron.core.transformer.attention"]
-    original = attention.__dict__["apply_rotary_pos_emb"]
-    if not hasattr(original, "is_packed"):
-        attention.__dict__["apply_rotary_pos_emb"] = packed_rotary(original)
-    for name, parallelism in PARALLELISM.items():
-        AutoMapping.register_module_type(name, parallelism)
