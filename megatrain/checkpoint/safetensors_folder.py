@@ -92,6 +92,8 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         return {key: self.shape(key) for key in self}
 
     def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self._files:
+            raise KeyError(key)
         view: torch.Tensor = self.slice(key)[...] if self.shape(key) else self._scalar(key)
         return view
 

@@ -14,7 +14,7 @@ from megatrain.checkpoint.names import ParameterTable
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
-from megatrain.errors import StateError
+from megatrain.errors import StateError, UnknownFamilyError
 from megatrain.model.adapter import Adapter
 from megatrain.model.base import trained_parameters
 from megatrain.model.head import LogprobHead
@@ -156,7 +156,7 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
         auto_bridge = make_bridge(folder)
         provider = make_provider(auto_bridge, config, groups)
         source = SafetensorsFolder(folder)
-        chunks = [provider.provide(vp_stage=stage) for stage in stages]
+        chunks = [_provide(provider, stage) for stage in stages]
     for chunk, stage in zip(chunks, stages, strict=True):
         chunk.model_type = _model_type()
         chunk.vp_stage = stage
@@ -168,6 +168,16 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
         _let_gradients_reach_the_first_layer(chunks[0])
     head = LogprobHead(int(provider.vocab_size), groups.tp)
     return Network(folder, config, groups, provider, chunks, table, head)
+
+
+def _provide(provider: Any, stage: int | None) -> Any:
+    try:
+        return provider.provide(vp_stage=stage)
+    except ImportError as error:
+        raise UnknownFamilyError(
+            f"this architecture needs a package that is not installed: {error}",
+            hint="megatrain doctor says what is missing and the command that mends it",
+        ) from error
 
 
 def _model_type() -> Any:

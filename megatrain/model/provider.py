@@ -1,6 +1,7 @@
 """From a Hugging Face configuration to Megatron's description of the same model."""
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def make_bridge(folder: Path) -> Any:
     try:
         return AutoBridge.from_hf_pretrained(str(folder))
     except ValueError as error:
+        found = json.loads((folder / "config.json").read_text()).get("architectures")
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UnknownFamilyError(
-            f"no bridge for the checkpoint in {folder}: {str(error).splitlines()[0]}",
+            f"AutoBridge has no bridge for {found}, the architecture in {folder}: {reason}",
             hint="see bridges/README.md for how to add a family",
         ) from error
 

@@ -73,7 +73,7 @@ OPTIONALS = (
         module="fla",
         also=("fla-core",),
         devices=CUDA,
-        cost="gated delta-net layers run sequence by sequence, slowly",
+        cost="models with gated delta-net layers (Qwen3-Next, Qwen3.5) cannot be loaded",
         mend="pip install flash-linear-attention",
     ),
     Optional(
@@ -102,7 +102,7 @@ OPTIONALS = (
         name="vllm",
         module="vllm",
         devices=CUDA,
-        cost="no vLLM sampler; sampling runs on Transformers",
+        cost="exported adapters cannot be served by vLLM from this environment",
         mend="install it in an environment of its own: uv venv sampler && uv pip install vllm",
     ),
 )
