@@ -109,6 +109,8 @@ def _set_training(provider: Any, config: ModelConfig) -> None:
     provider.moe_aux_loss_coeff = config.router_aux_loss_coef
     provider.moe_router_load_balancing_type = "aux_loss" if config.router_aux_loss_coef else "none"
     provider.moe_z_loss_coeff = provider.moe_input_jitter_eps = None
+    # The overlap gathers and scatters outside the linears, where an adapter does not see it.
+    provider.moe_shared_expert_overlap = False
     if provider.num_moe_experts:
         provider.moe_grouped_gemm = True
     if config.recompute:

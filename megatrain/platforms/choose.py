@@ -1,6 +1,7 @@
 """Which platform a process runs on, and Megatron made ready for it."""
 
 import os
+import warnings
 from typing import Any
 
 from megatrain.errors import ConfigError, PlatformError
@@ -39,4 +40,6 @@ def prepare(platform: Platform) -> None:
     for key, value in platform.environment().items():
         os.environ.setdefault(key, value)
     import_megatron()
+    # Megatron calls collectives by the names they had before torch 2.13.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     apply_patches(platform.patches())

@@ -20,6 +20,10 @@ BATCHES = [random_batch(5, seed=seed) for seed in range(2)]
 TOLERANCE = 1e-5
 """Float32 sums in another order differ by 1e-6."""
 
+GRADIENT_TOLERANCE = 3e-5
+"""Relative to a tensor's largest entry.  Seen: 1.2e-5 where latent attention norms a latent of 16
+entries twice, 3e-6 elsewhere; a term that is lost or doubled shows as 1e-1."""
+
 RANDOM = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
 TARGETS = {
     "embedding-and-head": ("qwen3", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
@@ -29,6 +33,7 @@ TARGETS = {
     ),
     "experts-down": ("qwen3_moe", {"target_modules": ["down_proj"]}),
     "fused-experts": ("gpt_oss", {"target_modules": "all-linear"}),
+    "latent-attention-and-shared-experts": ("deepseek_v3", {"target_modules": "all-linear"}),
     "fused-gate-up": ("gpt_oss", {"target_modules": ["gate_up_proj", "o_proj"]}),
     "fused-down-router": (
         "gpt_oss",
@@ -51,7 +56,11 @@ TARGETS = {
     "one-part-of-each": ("qwen2", {"target_modules": ["v_proj", "up_proj"]}),
     "excluded": ("qwen3", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}),
 }
-SPLIT = {"qwen3_moe": DeviceMesh(tp=2, ep=2), "gpt_oss": DeviceMesh(dp=2, tp=2, ep=2)}
+SPLIT = {
+    "qwen3_moe": DeviceMesh(tp=2, ep=2),
+    "deepseek_v3": DeviceMesh(dp=2, tp=2, ep=2),
+    "gpt_oss": DeviceMesh(dp=2, tp=2, ep=2),
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -67,7 +76,7 @@ def test_named_targets_train_alike_when_split_and_export_exactly(
             ("split", SPLIT.get(family, DeviceMesh(tp=2, pp=2))),
         )
     )
-    assert relative_difference(split["gradient"], one["gradient"]) <= TOLERANCE
+    assert relative_difference(split["gradient"], one["gradient"]) <= GRADIENT_TOLERANCE
     assert largest_adapter_difference(split["adapter"], one["adapter"]) <= TOLERANCE
     for report in (one, split):
         expected = all_logps(peft_model(folder, report["saved"]), BATCHES[0])

@@ -9,7 +9,16 @@ from tests.multiprocess.truth import all_logps, hf_model, largest_difference
 
 pytestmark = pytest.mark.multiprocess
 
-FAMILIES = ("qwen2", "qwen3", "qwen3_tied", "llama", "mistral", "qwen3_moe", "gpt_oss")
+FAMILIES = (
+    "qwen2",
+    "qwen3",
+    "qwen3_tied",
+    "llama",
+    "mistral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+)
 TOLERANCE = 1e-5
 """Sums of 64 to 512 terms in another order differ by about 1e-6 in float32."""
 
