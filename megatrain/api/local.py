@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatrain.api.session import Session
 from megatrain.checkpoint.locate import locate
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
-from megatrain.errors import ConfigError, ExportError
+from megatrain.errors import ConfigError, ExportError, StateError
 from megatrain.export.gather import gather
 from megatrain.export.save import save_adapter, save_checkpoint
 from megatrain.export.skeleton import Skeleton
@@ -34,6 +36,16 @@ def add_adapter(
     Raises ConfigError, before anything has changed, for targets that PEFT could not hold.
     """
     network = trainer.network
+    if BASE in trainer.trained:
+        raise StateError(
+            "the base itself is being trained; an adapter needs it frozen",
+            hint="add adapters before set_optimizer",
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in dir(torch.nn.ModuleDict):
+        raise ConfigError(
+            f"an adapter's name must be letters, digits, '-' and '_': {name!r}",
+            hint="names of torch.nn.ModuleDict's methods will not do either",
+        )
     if not spec.is_all_linear:
         _check_exportable(network, spec)
     network.add_adapter(name, spec, seed=seed)
@@ -70,6 +82,11 @@ def save(trainer: Trainer, name: str, directory: Path, model_id: str) -> None:
     """Write an adapter as a PEFT directory, or the base as a checkpoint.  Collective."""
     network = trainer.network
     if name == BASE:
+        if directory.resolve() == network.folder.resolve():
+            raise ExportError(
+                f"the checkpoint that is being trained must not be replaced: {directory}",
+                hint="save to another folder",
+            )
         save_checkpoint(directory, network.table, network.groups, folder=network.folder)
     else:
         save_adapter(

@@ -56,10 +56,9 @@ class MegatronModel:
         Raises ConfigError for what is not supported, by name, before anything has changed.
         """
         spec = LoraSpec.from_any(config)
-        if gradient_accumulation_steps < 1:
-            raise ConfigError(
-                f"gradient_accumulation_steps must be at least 1: {gradient_accumulation_steps}"
-            )
+        steps = gradient_accumulation_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ConfigError(f"gradient_accumulation_steps must be an integer >= 1: {steps!r}")
         self._engine.add_adapter(
             self._trainer,
             adapter_name,
@@ -76,8 +75,8 @@ class MegatronModel:
         On a model without adapters, all parameters are trained from here on.
         """
         if adapter_name is None and not self._trainer.trained:
-            adapter_name = BASE
-            self._trainer.add(BASE)
+            self._trainer.train_base(optimizer_cls, options)
+            return
         self._trainer.set_optimizer(self._name(adapter_name), optimizer_cls, options)
 
     def set_lr_scheduler(
@@ -138,7 +137,7 @@ class MegatronModel:
     def zero_grad(self, *, adapter_name: str | None = None) -> None:
         """Forget the gradients."""
         name = self._name(adapter_name)
-        self._trainer.trained[name].gradients.zero()
+        self._trainer.zero_grad(name)
 
     def lr_step(self, *, adapter_name: str | None = None) -> None:
         """Move the learning rate schedule on."""

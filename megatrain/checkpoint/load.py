@@ -7,6 +7,7 @@ whole, without communication, one parameter at a time.
 
 import itertools
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,30 @@ def load_parameters(table: ParameterTable, source: SafetensorsFolder) -> None:
 
     Raises CheckpointError for a missing tensor, a wrong shape, or a shard that cannot be read.
     """
+    _check_claimed(table, source)
     show = table.groups.rank == 0 and len(source) > 1000
     for parameter in tqdm(table.parameters, desc="loading", disable=not show):
         _load(table, parameter, source)
+
+
+QUANTIZED = ("_scale_inv", "_scales", "_blocks")
+"""Endings of tensors that belong to a quantised one, which the family's bridge knows of."""
+
+
+def _check_claimed(table: ParameterTable, source: SafetensorsFolder) -> None:
+    """Raise CheckpointError for a kind of tensor that no mapping reads: a bias, say."""
+    kinds = {re.sub(r"\d+", "*", name): name for name in source}
+    unclaimed = [
+        name
+        for name in kinds.values()
+        if not name.endswith(".rotary_emb.inv_freq")
+        and not any(table.claims(name.removesuffix(end)) for end in ("", *QUANTIZED))
+    ]
+    if unclaimed:
+        raise CheckpointError(
+            f"the family's bridge reads no tensor like {', '.join(sorted(unclaimed)[:5])}",
+            hint="the model would compute something else without it; see bridges/README.md",
+        )
 
 
 def _load(table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder) -> None:

@@ -173,6 +173,10 @@ class ParameterTable:
             )
         return self.hf_shapes[name]
 
+    def claims(self, hf_name: str) -> bool:
+        """Tell whether some Megatron parameter of this family is made of a Hugging Face tensor."""
+        return self._registry.hf_to_megatron_lookup(hf_name) is not None
+
     def all_hf_modules(self) -> list[str]:
         """Return the module of every weight in the model: matrices, and tensors of experts.
 

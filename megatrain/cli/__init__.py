@@ -1,6 +1,7 @@
 """The `megatrain` command.  Importing it imports no torch, so that `--help` answers at once."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,9 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(arguments)
+    # Ended by a signal, a command must still end the ranks that it started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status: int = args.run(args)
-    except MegatrainError as error:
+    except (MegatrainError, OSError) as error:
         sys.stderr.write(f"megatrain {args.command}: {type(error).__name__}: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"megatrain {args.command}: interrupted\n")
+        return 130
     return status

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 
 class ModelConfig(BaseModel):
@@ -20,8 +20,6 @@ class ModelConfig(BaseModel):
     """Token budget of a packed micro-batch (before CP splits it).  A longer datum is alone."""
     micro_batch_size: PositiveInt | None = None
     """Data in a micro-batch, instead of a token budget."""
-    router_aux_loss_coef: NonNegativeFloat = 0.0
-    """Weight of the routers' load-balancing loss; 0 leaves it out."""
 
     @model_validator(mode="after")
     def _one_way_to_form_micro_batches(self) -> Self:

@@ -67,15 +67,15 @@ def save_checkpoint(
 
 
 def _on_rank_0(write: Callable[[], None], groups: Groups, directory: Path) -> None:
-    failure = ""
+    failure, cause = "", None
     if groups.rank == 0:
         try:
             write()
-        except (ExportError, OSError, ValueError) as error:
-            failure = str(error) or type(error).__name__
+        except Exception as error:  # noqa: BLE001 - the other ranks wait to hear of any failure
+            failure, cause = f"{type(error).__name__}: {error}", error
     failure = _broadcast_text(failure, groups)
     if failure:
-        raise ExportError(f"nothing was saved to {directory}: {failure}")
+        raise ExportError(f"nothing was saved to {directory}: {failure}") from cause
 
 
 def _broadcast_text(text: str, groups: Groups) -> str:

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.router import Router
 from torch import Tensor
 
 from megatrain.checkpoint.names import LocalParameter, ParameterTable, Part, parallel_kind
-from megatrain.config.lora import LoraSpec, without_expert
+from megatrain.config.lora import LoraSpec, look_up, without_expert
 from megatrain.errors import ConfigError
 from megatrain.model.adapter import Adapter
 from megatrain.model.lora_linear import (
@@ -134,6 +134,35 @@ def check_targets(spec: LoraSpec, table: ParameterTable) -> None:
         leaves = sorted({n.rpartition(".")[2] for n in names})
         raise ConfigError(
             f"lora targets matched no linear: {sorted(unmatched)}; the model has {leaves}"
+        )
+    _check_choice(spec, modules)
+
+
+def _check_choice(spec: LoraSpec, modules: Sequence[str]) -> None:
+    """Raise ConfigError if layers or exclusions leave nothing, or a pattern has no effect."""
+    if spec.is_all_linear:
+        chosen = [m for m in modules if spec.chooses_layer_of(m) and not spec.excludes(m)]
+    else:
+        chosen = [m for m in modules if spec.matches(m)]
+    if not chosen:
+        raise ConfigError(
+            "the adapter must have at least one linear: layers_to_transform="
+            f"{spec.layers_to_transform} and exclude_modules={spec.exclude_modules} leave none"
+        )
+    names = {spec.pattern_name(each) for m in chosen for each in (m, without_expert(m))}
+    for option, patterns in (("rank", spec.rank_pattern), ("alpha", spec.alpha_pattern)):
+        idle = [key for key in patterns if not any(look_up({key: True}, n, False) for n in names)]
+        if idle:
+            raise ConfigError(f"{option}_pattern has keys that match no target: {idle}")
+    if (
+        spec.lora_dropout
+        and any(re.search(r"(^|\.)lm_head$", m) for m in chosen)
+        and (not spec.is_all_linear)
+    ):
+        raise ConfigError(
+            f"dropout in front of the output layer's adapter is not supported: "
+            f"lora_dropout={spec.lora_dropout}",
+            hint="leave lm_head out, or set lora_dropout=0",
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError, UnknownFamilyError
+from megatrain.model.carried import check_carried
 from megatrain.parallel.groups import Groups, check_model
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,14 @@ def make_provider(bridge: Any, config: ModelConfig, groups: Groups) -> Any:
 
     Raises LayoutError when the model does not fit the mesh.
     """
-    provider = bridge.to_megatron_provider(load_weights=False)
+    try:
+        provider = bridge.to_megatron_provider(load_weights=False)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise UnknownFamilyError(
+            f"AutoBridge cannot express this config.json: {type(error).__name__}: {error}",
+            hint="a setting of this checkpoint (rope_parameters, say) is not supported",
+        ) from error
+    check_carried(bridge.hf_pretrained.config, provider)
     check_model(groups.mesh, provider)
     _set_layout(provider, groups)
     _set_precision(provider, DTYPES[config.mixed_precision])
@@ -106,8 +114,9 @@ def _set_training(provider: Any, config: ModelConfig) -> None:
     provider.attention_dropout = provider.hidden_dropout = 0.0
     provider.calculate_per_token_loss = True
     provider.moe_token_dispatcher_type = "alltoall"
-    provider.moe_aux_loss_coeff = config.router_aux_loss_coef
-    provider.moe_router_load_balancing_type = "aux_loss" if config.router_aux_loss_coef else "none"
+    # Bridge turns load-balancing losses on for several families; their value depends on how a batch
+    # is packed, which nothing else does.
+    provider.moe_aux_loss_coeff, provider.moe_router_load_balancing_type = 0.0, "none"
     provider.moe_z_loss_coeff = provider.moe_input_jitter_eps = None
     # The overlap gathers and scatters outside the linears, where an adapter does not see it.
     provider.moe_shared_expert_overlap = False

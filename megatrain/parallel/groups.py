@@ -1,5 +1,6 @@
 """The process groups of a rank.  The only file that reads Megatron's global parallel_state."""
 
+import itertools
 import logging
 import os
 import socket
@@ -15,6 +16,9 @@ from megatrain.parallel.layout import DeviceMesh
 from megatrain.platforms.platform import Platform
 
 logger = logging.getLogger(__name__)
+
+_generation = itertools.count()
+"""How often this process has joined; the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,6 @@ class Groups:
     def is_last_stage(self) -> bool:
         """Tell whether this rank holds the last pipeline stage."""
         return bool(self.collection.pp.rank() == self.mesh.pp - 1)
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Tell whether this rank holds the first pipeline stage."""
-        return bool(self.collection.pp.rank() == 0)
 
 
 def init_groups(
@@ -119,11 +118,10 @@ def _join(
     if backend == "gloo" and _all_ranks_are_here(world_size):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        # torchrun's store lives on: keys of groups that were left must not meet those of new ones.
+        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store = dist.PrefixStore(f"megatrain/{next(_generation)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _all_ranks_are_here(world_size: int) -> bool:

@@ -6,89 +6,20 @@ Every rank makes the same plan from the same batch, so nothing is communicated.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatrain.errors import DataError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.parallel.groups import Groups
-from megatrain.types import IGNORED_LABEL, InputFeature
+from megatrain.train.datum import Datum
+from megatrain.types import IGNORED_LABEL
 from megatrain_kernels.segments import local_positions
 from megatrain_kernels.torch_backend.core_attention import packed_sequences
 
 DEFAULT_TOKENS_PER_MICROBATCH = 4096
 """Token budget when neither a budget nor a number of data is given."""
-
-Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Datum:
-    """One checked datum of S tokens."""
-
-    input_ids_S: Ints
-    labels_S: Ints
-    """labels[0] never counts; IGNORED_LABEL elsewhere does not either."""
-    start: int
-    """Where its results start in the flat global result."""
-
-    @property
-    def num_labels(self) -> int:
-        """Labels that are predicted."""
-        return int((self.labels_S[1:] != IGNORED_LABEL).sum())
-
-
-def check_batch(inputs: Sequence[InputFeature], *, vocab_size: int, train: bool) -> list[Datum]:
-    """Return the data as arrays.
-
-    Raises DataError for an empty batch or datum, ids or labels out of the vocabulary, lengths
-    that differ, and, to train on, a batch without any label.
-    """
-    if isinstance(inputs, dict) or not len(inputs):
-        raise DataError(
-            "a batch must be a list of at least one datum with input_ids and labels: "
-            f"got {type(inputs).__name__} of length {len(inputs)}"
-        )
-    data, start = [], 0
-    for index, item in enumerate(inputs):
-        data.append(_check_datum(index, item, vocab_size, start))
-        start += len(data[-1].input_ids_S)
-    if train and not any(datum.num_labels for datum in data):
-        raise DataError(
-            f"nothing to train on: none of the {len(data)} data has a label after its first token",
-            hint=f"labels other than {IGNORED_LABEL} are trained on; the first is never predicted",
-        )
-    return data
-
-
-def _check_datum(index: int, item: InputFeature, vocab_size: int, start: int) -> Datum:
-    if "input_ids" not in item:
-        raise DataError(f"datum {index} has no input_ids; it has {sorted(item)}")
-    ids = np.asarray(item["input_ids"], dtype=np.int64).reshape(-1)
-    given = item.get("labels")
-    labels = ids if given is None else np.asarray(given, dtype=np.int64).reshape(-1)
-    if not len(ids):
-        raise DataError(f"datum {index} is empty")
-    if len(ids) != len(labels):
-        raise DataError(
-            f"labels must be as long as input_ids: datum {index} has {len(labels)} labels and "
-            f"{len(ids)} input_ids"
-        )
-    _check_range(index, "input_ids", ids, vocab_size)
-    _check_range(index, "labels", labels[labels != IGNORED_LABEL], vocab_size)
-    return Datum(ids, labels, start)
-
-
-def _check_range(index: int, name: str, values: Ints, vocab_size: int) -> None:
-    wrong = values[(values < 0) | (values >= vocab_size)]
-    if len(wrong):
-        raise DataError(
-            f"{name} of datum {index} must be in [0, {vocab_size}): found {wrong[0]}",
-            hint=f"use the model's own tokenizer, and {IGNORED_LABEL} for labels to leave out",
-        )
 
 
 def plan_bins(
@@ -108,7 +39,7 @@ def plan_bins(
     unit = num_ranks * multiple
     budget = max_tokens or DEFAULT_TOKENS_PER_MICROBATCH
     need = -(-len(lengths) // max_data) if max_data else -(-sum(lengths) // budget)
-    count = max(1, -(-need // unit)) * unit
+    count = max(1, -(-min(need, len(lengths)) // unit)) * unit
     while True:
         bins = _deal(lengths, count, max_data)
         over = [b for b in bins if not max_data and len(b) > 1 and _total(b, lengths) > budget]

@@ -89,11 +89,22 @@ def make_optimizer(
 
     Raises ConfigError for an unknown name or option.
     """
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
     masters = [shard.master_Q for shard in accumulator.shards]
     # A stage without trained parameters has an optimizer all the same: its schedule goes on.
     masters = masters or [torch.nn.Parameter(torch.zeros(0, device=accumulator.groups.device))]
+    return _construct(name, masters, options)
+
+
+def check_optimizer(name: str, options: dict[str, Any]) -> None:
+    """Raise ConfigError for an unknown name or option."""
+    _construct(name, [torch.nn.Parameter(torch.zeros(1))], options)
+
+
+def _construct(
+    name: str, masters: list[torch.nn.Parameter], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
     try:
         return OPTIMIZERS[name](masters, **options)
     except (TypeError, ValueError) as error:

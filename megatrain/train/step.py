@@ -17,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain.errors import ConfigError, NonFiniteError, StateError
+from megatrain.errors import ConfigError, DataError, NonFiniteError, StateError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.model.network import Network
-from megatrain.train.batch import BatchPlan, check_batch
+from megatrain.train.agree import agree
+from megatrain.train.batch import BatchPlan
+from megatrain.train.datum import check_batch
 from megatrain.train.losses import cross_entropy
-from megatrain.train.optimizer import GradientAccumulator, make_optimizer
+from megatrain.train.optimizer import GradientAccumulator, check_optimizer, make_optimizer
 from megatrain.train.schedule import make_schedule
 from megatrain.types import InputFeature, StepOutput
 
@@ -59,8 +61,6 @@ class Trainer:
             raise ConfigError(
                 f"gradient_accumulation_steps must be at least 1: {accumulation_steps}"
             )
-        if name != BASE and BASE in self.trained:
-            raise StateError("the base itself is being trained; an adapter needs it frozen")
         if name == BASE:
             parameters = self.network.train_base()
         else:
@@ -78,6 +78,12 @@ class Trainer:
         trained = self.trained[name]
         trained.optimizer = make_optimizer(kind, trained.gradients, options)
         trained.schedule = None
+
+    def train_base(self, kind: str, options: dict[str, Any]) -> None:
+        """Start to train all of the base with this optimizer, or change nothing."""
+        check_optimizer(kind, options)
+        self.add(BASE)
+        self.set_optimizer(BASE, kind, options)
 
     def set_schedule(self, name: str, kind: str, options: dict[str, Any]) -> None:
         """Choose the learning rate schedule of an adapter."""
@@ -122,8 +128,18 @@ class Trainer:
         return output
 
     def _plan(self, inputs: Sequence[InputFeature], *, train: bool) -> BatchPlan:
+        """Check the batch and plan it; all ranks go on with the same one, or none does.
+
+        Raises DataError on every rank if any rank refuses its batch or has another one.
+        Collective.
+        """
         network = self.network
-        data = check_batch(inputs, vocab_size=network.vocab_size, train=train)
+        try:
+            data = check_batch(inputs, vocab_size=network.vocab_size, train=train)
+        except DataError as error:
+            agree(None, network.groups)
+            raise error
+        agree(data, network.groups)
         config = network.config
         return BatchPlan(
             data,
@@ -150,6 +166,8 @@ class Trainer:
         The norm is over all parameters of the adapter on all ranks, each counted once.
         `max_grad_norm` of 0 or infinity does not clip.  Collective.
         """
+        if not max_grad_norm >= 0:
+            raise ConfigError(f"max_grad_norm must be 0 (do not clip) or more: {max_grad_norm}")
         trained = self.trained[name]
         norm = trained.gradients.norm()
         if not math.isfinite(norm):
@@ -165,7 +183,8 @@ class Trainer:
     def step(self, name: str) -> None:
         """Let the optimizer change the adapter's weights.  Collective."""
         trained, optimizer = self.trained[name], self._optimizer(name)
-        trained.gradients.reduce()
+        if not trained.gradients.is_reduced:
+            self.clip_grad_norm(name, math.inf)
         optimizer.step()
         for shard in trained.gradients.shards:
             shard.write_parameters()
@@ -194,6 +213,11 @@ class Trainer:
         trained.gradients.zero()
         self.lr_step(name)
         return norm
+
+    def zero_grad(self, name: str) -> None:
+        """Forget an adapter's gradients, and the calls that led to them."""
+        self.trained[name].gradients.zero()
+        self.trained[name].num_calls = 0
 
 
 def _weighted_cross_entropy(logps_N: Tensor, batch: MicroBatch) -> Tensor:

@@ -25,7 +25,7 @@ from megatrain.types import InputFeature
 
 def train(job: Job, *, rank: int) -> None:
     """Train an adapter and save it.  Collective over all ranks of the job's mesh."""
-    megatrain.initialize(mode="local", global_device_mesh=job.mesh, seed=job.seed)
+    megatrain.initialize(mode="local", global_device_mesh=job.mesh, seed=job.seed, platform="cpu")
     model = megatrain.MegatronModel(model_id=str(job.base), mixed_precision="no")
     model.add_adapter_to_model(
         "default",
