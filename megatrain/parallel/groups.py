@@ -18,7 +18,7 @@ from megatrain.platforms.platform import Platform
 logger = logging.getLogger(__name__)
 
 _generation = itertools.count()
-"""How often this process has joined; the same on every rank."""
+"""How often this process has joined ranks of torchrun; the same on every one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _join(
     if store is None:
         # torchrun's store lives on: keys of groups that were left must not meet those of new ones.
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    store = dist.PrefixStore(f"megatrain/{next(_generation)}", store)
+        store = dist.PrefixStore(f"megatrain/{next(_generation)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
