@@ -83,10 +83,11 @@ class _FrozenHead(torch.autograd.Function):
             p = logits.sub_(top.unsqueeze(1)).exp_()
             lse, target = _combine(top + p.sum(1).log(), target, group)
             logps.append(target - lse)
-            # exp(top - lse) makes p a share of the whole vocabulary: scaled after the product.
-            share = (lse - top).neg_().exp_().unsqueeze(1).to(weight_VH.dtype)
-            own = weight_VH[r] * i.unsqueeze(1).to(weight_VH.dtype)
-            jacobians.append(own.sub_((p.to(weight_VH.dtype) @ weight_VH).mul_(share)))
+            # exp(top - lse) makes p a share of the whole vocabulary.  The target's 1 goes in before
+            # the product: after it, half precision would lose what a confident token has left.
+            p.mul_((top - lse).exp_().neg_().unsqueeze(1))
+            p.scatter_add_(1, r.unsqueeze(1), i.float().unsqueeze(1))
+            jacobians.append(p.to(weight_VH.dtype) @ weight_VH)
         if needs_grad:
             ctx.save_for_backward(torch.cat(jacobians))
         return torch.cat(logps)

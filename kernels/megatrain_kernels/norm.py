@@ -26,7 +26,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         x32 = x.float()
-        square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_()
+        square = torch.linalg.vecdot(x32, x32).unsqueeze(-1)
         rstd = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, rstd)
         return (x32 * rstd).mul_(scale).to(x.dtype)

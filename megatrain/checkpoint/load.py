@@ -27,10 +27,10 @@ def load_parameters(table: ParameterTable, source: SafetensorsFolder) -> None:
 
     Raises CheckpointError for a missing tensor, a wrong shape, or a shard that cannot be read.
     """
-    _check_claimed(table, source)
     show = table.groups.rank == 0 and len(source) > 1000
     for parameter in tqdm(table.parameters, desc="loading", disable=not show):
         _load(table, parameter, source)
+    _check_claimed(table, source)
 
 
 QUANTIZED = ("_scale_inv", "_scales", "_blocks")
@@ -97,7 +97,7 @@ def _read_rows(table: ParameterTable, parameter: LocalParameter, source: Safeten
     _, size = table.tp_place(parameter)
     total, padding = sum(shape[0] for shape in shapes), target.shape[0] * size
     padded = "word_embeddings" in parameter.global_name or "output_layer" in parameter.global_name
-    if total != padding and not (padded and total < padding):
+    if total != (table.vocab_size if padded else padding):
         raise CheckpointError(
             f"{', '.join(names)}: {total} rows, but {parameter.global_name} has {padding}",
             hint="the checkpoint does not fit its config.json",

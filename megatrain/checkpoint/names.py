@@ -42,7 +42,8 @@ class LocalParameter:
     global_name: str
     """With layers and experts numbered over all ranks."""
     module: torch.nn.Module
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
+    """A parameter, or a buffer that is saved with the model."""
     mapping: Any
     """A resolved mapping of megatron-bridge."""
 
@@ -109,7 +110,8 @@ class ParameterTable:
         self.groups = groups
         self.hf_shapes = hf_shapes
         """Of every Hugging Face parameter of the whole model."""
-        self._config: Any = chunks[0].config
+        config: Any = chunks[0].config
+        self._config = config
         self._bridge = auto_bridge._model_bridge
         self._bridge.hf_pretrained = auto_bridge.hf_pretrained
         self._bridge.hf_config = getattr(
@@ -124,12 +126,13 @@ class ParameterTable:
                 ep=_Alone(1),
             )
         )
+        self.vocab_size = int(config.vocab_size)
         self.is_tied = bool(getattr(chunks[0], "share_embeddings_and_output_weights", False))
         self.parameters = [p for i, chunk in enumerate(chunks) for p in self._of_chunk(i, chunk)]
 
     def _of_chunk(self, index: int, chunk: torch.nn.Module) -> Iterator[LocalParameter]:
         modules: dict[str, Any] = dict(chunk.named_modules())
-        for local_name, parameter in chunk.named_parameters():
+        for local_name, parameter in _tensors(chunk, modules):
             if self.is_tied and local_name == "output_layer.weight":
                 local_name_in_table = "embedding.word_embeddings.weight"
             else:
@@ -139,6 +142,8 @@ class ParameterTable:
                 module.config = self._config
             global_name = self._global_name(local_name_in_table, modules)
             mapping = self._registry.megatron_to_hf_lookup(global_name)
+            if mapping is None and not isinstance(parameter, torch.nn.Parameter):
+                continue  # Megatron's own state
             if mapping is None:
                 raise CheckpointError(
                     f"{type(self._bridge).__name__} maps no Hugging Face parameter to "
@@ -260,6 +265,15 @@ class ParameterTable:
         with _every_rank_is_the_first(rank, dtype):
             result: torch.Tensor = parameter.mapping.hf_to_megatron(weights, parameter.module)
         return result
+
+
+def _tensors(chunk: torch.nn.Module, modules: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters, and buffers that are saved: a router's correction bias is one."""
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in modules[owner]._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _rows_of_rank(labels: torch.Tensor, rank: int, size: int, rows: int) -> torch.Tensor:

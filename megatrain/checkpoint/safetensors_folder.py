@@ -13,6 +13,12 @@ from megatrain.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 
 
+class MissingTensorError(CheckpointError, KeyError):
+    """A checkpoint lacks a tensor.  Also a KeyError, which bridges expect of a mapping."""
+
+    __str__ = Exception.__str__
+
+
 class SafetensorsFolder(Mapping[str, torch.Tensor]):
     """Tensors of a Hugging Face checkpoint.  Files are mapped, not read; nothing is kept."""
 
@@ -71,7 +77,7 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
     def slice(self, key: str) -> Any:
         """Return a lazy view: `.get_shape()`, and indexing reads just that part."""
         if key not in self._files:
-            raise CheckpointError(
+            raise MissingTensorError(
                 f"no tensor {key!r} in {self.folder}",
                 hint="the checkpoint does not fit its config.json",
             )
@@ -92,8 +98,6 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         return {key: self.shape(key) for key in self}
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        if key not in self._files:
-            raise KeyError(key)
         view: torch.Tensor = self.slice(key)[...] if self.shape(key) else self._scalar(key)
         return view
 

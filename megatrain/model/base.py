@@ -17,6 +17,8 @@ def trained_parameters(table: ParameterTable) -> list[TrainedParameter]:
     check_invertible(table)
     result = []
     for p in table.parameters:
+        if not isinstance(p.parameter, torch.nn.Parameter):
+            continue
         kind = parallel_kind(p)
         split = kind == "column" or (kind == "row" and p.parameter.dim() == 2)
         tie = None

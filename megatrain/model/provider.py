@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatrain.config.model import ModelConfig
-from megatrain.errors import ConfigError, UnknownFamilyError
+from megatrain.errors import CheckpointError, ConfigError, UnknownFamilyError
 from megatrain.model.carried import check_carried
 from megatrain.parallel.groups import Groups, check_model
 
@@ -50,7 +50,10 @@ def make_bridge(folder: Path) -> Any:
     try:
         return AutoBridge.from_hf_pretrained(str(folder))
     except ValueError as error:
-        found = json.loads((folder / "config.json").read_text()).get("architectures")
+        try:
+            found = json.loads((folder / "config.json").read_text()).get("architectures")
+        except ValueError as broken:
+            raise CheckpointError(f"not JSON: {folder / 'config.json'}: {broken}") from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UnknownFamilyError(
             f"AutoBridge has no bridge for {found}, the architecture in {folder}: {reason}",

@@ -71,5 +71,8 @@ def make_checkpoint(folder: Path, family: str, *, seed: int = 0, **changes: Any)
                 parameter.normal_(std=0.5)
             elif "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder

@@ -39,7 +39,7 @@ def train_targets(
 ) -> dict[str, Any]:
     """Train an adapter; return its first gradient, its results and what was saved."""
     model = make_model(folder, lora)
-    model.set_optimizer("AdamW", lr=1e-3)
+    model.set_optimizer("AdamW", lr=1e-4)
     model.forward_backward(inputs=batches[0])
     gradient = reduced_gradient(model)
     model.zero_grad()

@@ -14,7 +14,8 @@ def plan_all(cases: list[dict[str, Any]]) -> list[list[list[int]]]:
 
 def pack_all(batches: list[Any], **options: Any) -> list[dict[str, Any]]:
     """Return this rank's micro-batches of each batch, as lists, and the batch's slots."""
-    from megatrain.train.batch import BatchPlan, check_batch
+    from megatrain.train.batch import BatchPlan
+    from megatrain.train.datum import check_batch
 
     result = []
     for batch in batches:
