@@ -107,7 +107,7 @@ def test_embedding_and_head_train_as_in_peft_on_other_layouts(mesh, ranks, check
     factors = peft_factors(model)
     copy_factors(factors, ours["initial"])
     train(model, list(factors.values()), BATCHES)
-    assert largest_adapter_difference(ours["adapter"], detached(factors)) <= TOLERANCE
+    assert largest_adapter_difference(ours["adapter"], detached(factors)) <= RARE_ROWS_TOLERANCE
 
 
 @pytest.mark.parametrize(
