@@ -1,8 +1,8 @@
 """What crosses a layer: small frozen values.  No torch, no processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,36 @@ class InputFeature(TypedDict):
     """Token ids, each in [0, vocabulary size)."""
     labels: NotRequired[Sequence[int]]
     """As long as input_ids; IGNORED_LABEL is not trained on.  The shift by one happens inside."""
+    lengths: NotRequired[Sequence[int]]
+    """Lengths of the sequences that a packed datum is made of; their sum is its length."""
+    position_ids: NotRequired[Sequence[int]]
+    """0, 1, 2, ... in each sequence; where it starts again, another sequence begins."""
+
+
+class Trajectory(TypedDict):
+    """One conversation before a template encodes it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """Chat messages with role and content, as tokenizers' chat templates take them."""
+    tools: NotRequired[Sequence[Mapping[str, Any]]]
+    """JSON schemas of functions that the assistant may call."""
+    user_data: NotRequired[Any]
+    """What a reward needs to know, such as the true answer; no template looks at it."""
+
+
+@runtime_checkable
+class LazyRow(Protocol):
+    """A datum (a Mapping too) that is read only where its tokens are needed.
+
+    A plan over ranks needs its sizes alone; all ranks compare its key instead of its tokens.
+    """
+
+    key: str
+    """Says which data it is: the same on every rank."""
+    num_tokens: int
+    """Length of input_ids."""
+    num_labels: int
+    """Labels that are predicted."""
 
 
 @dataclass(frozen=True, slots=True)
