@@ -57,9 +57,16 @@ class StepOutput:
     """Result of a forward pass over a global batch: the same on every rank, in request order."""
 
     loss: float
-    """Mean of -log p over this call's label tokens, over all ranks."""
+    """The loss's sum over the global batch, divided by its divisor: for cross-entropy, the mean
+    of -log p over this call's labels."""
     logps: list[FloatArray] = field(repr=False)
-    """Per datum, as long as its input_ids: log p(labels[t] | input_ids[:t]); 0.0 at t = 0 and
-    where there is no label."""
+    """Per datum, as long as its input_ids: log p(labels[t] | input_ids[:t]); 0.0 at the start of a
+    sequence and where there is no label.  With a score head: the score, at the last token."""
     num_tokens: int = 0
-    """Label tokens in this call."""
+    """Labels in this call."""
+    divisor: float = 0.0
+    """What the loss's sum was divided by; gradients are divided by the sum of these at a step."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """Means over this call of what the loss reports, token_accuracy among them."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """How many numbers each of those is a mean over."""

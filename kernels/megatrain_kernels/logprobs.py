@@ -24,15 +24,19 @@ def chunk_size(vocabulary_shard: int) -> int:
     return max(16, LOGITS_PER_CHUNK // max(1, vocabulary_shard))
 
 
-def _combine(lse_C: Tensor, target_C: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return (lse, target logit) over the whole vocabulary, shape (2, C)."""
+def _combine(
+    lse_C: Tensor, target_CK: Tensor, top_C: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-sum-exp, target logits and largest logit over the whole vocabulary."""
     if group is None or group.size() == 1:
-        return torch.stack([lse_C, target_C])
-    mine = torch.stack([lse_C, target_C])
-    all_ranks = mine.new_empty(group.size() * 2, mine.shape[1])
+        return lse_C, target_CK, top_C
+    mine = torch.cat([lse_C.unsqueeze(1), top_C.unsqueeze(1), target_CK], 1)
+    all_ranks = mine.new_empty(group.size() * mine.shape[0], mine.shape[1])
     dist.all_gather_into_tensor(all_ranks, mine, group=group)
-    both = all_ranks.view(group.size(), 2, -1)
-    return torch.stack([both[:, 0].logsumexp(0), both[:, 1].sum(0)])
+    lse, top, target = all_ranks.view(group.size(), *mine.shape).split(
+        [1, 1, target_CK.shape[1]], dim=2
+    )
+    return lse.squeeze(2).logsumexp(0), target.sum(0), top.squeeze(2).amax(0)
 
 
 def _local_targets(targets: Tensor, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -42,10 +46,10 @@ def _local_targets(targets: Tensor, first_row: int, num_rows: int) -> tuple[Tens
     return local.masked_fill(~here, 0), here
 
 
-def _stats(logits_CV: Tensor, rows_C: Tensor, here_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this shard's log-sum-exp and the target's logit (0 where elsewhere)."""
-    target = logits_CV.gather(1, rows_C.unsqueeze(1)).squeeze(1)
-    return logits_CV.logsumexp(1), target.masked_fill(~here_C, 0.0)
+def _stats(logits_CV: Tensor, rows_CK: Tensor, here_CK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this shard's log-sum-exp, its targets' logits (0 where elsewhere), its largest."""
+    target = logits_CV.gather(1, rows_CK).masked_fill(~here_CK, 0.0)
+    return logits_CV.logsumexp(1), target, logits_CV.detach().amax(1)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -65,32 +69,34 @@ class _FrozenHead(torch.autograd.Function):
         here_T: Tensor,
         num_real: int,
         group: dist.ProcessGroup | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         size = chunk_size(weight_VH.shape[0])
         needs_grad = ctx.needs_input_grad[0]
-        logps, jacobians = [], []
+        logps, is_top, jacobians = [], [], []
         for start in range(0, hidden_TH.shape[0], size):
             chunk = slice(start, start + size)
-            h, r, i = hidden_TH[chunk], rows_T[chunk], here_T[chunk]
+            h, r, i = hidden_TH[chunk], rows_T[chunk].unsqueeze(1), here_T[chunk].unsqueeze(1)
             logits = (h @ weight_VH.T).float()
             logits[:, num_real:] = float("-inf")
-            if not needs_grad:
-                lse, target = _combine(*_stats(logits, r, i), group)
-                logps.append(target - lse)
-                continue
-            target = logits.gather(1, r.unsqueeze(1)).squeeze(1).masked_fill(~i, 0.0)
-            top = logits.amax(1)
+            target = logits.gather(1, r).masked_fill(~i, 0.0)
+            # A shard may be padding alone, and -inf - -inf is no number.
+            top = logits.amax(1).clamp_min_(torch.finfo(torch.float32).min)
             p = logits.sub_(top.unsqueeze(1)).exp_()
-            lse, target = _combine(top + p.sum(1).log(), target, group)
-            logps.append(target - lse)
+            lse, target, largest = _combine(top + p.sum(1).log(), target, top, group)
+            logps.append(target.squeeze(1) - lse)
+            is_top.append(target.squeeze(1) >= largest)
+            if not needs_grad:
+                continue
             # exp(top - lse) makes p a share of the whole vocabulary.  The target's 1 goes in before
             # the product: after it, half precision would lose what a confident token has left.
             p.mul_((top - lse).exp_().neg_().unsqueeze(1))
-            p.scatter_add_(1, r.unsqueeze(1), i.float().unsqueeze(1))
+            p.scatter_add_(1, r, i.float())
             jacobians.append(p.to(weight_VH.dtype) @ weight_VH)
         if needs_grad:
             ctx.save_for_backward(torch.cat(jacobians))
-        return torch.cat(logps)
+        tops = torch.cat(is_top)
+        ctx.mark_non_differentiable(tops)
+        return torch.cat(logps), tops
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -100,20 +106,26 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _CombineOverVocabulary(torch.autograd.Function):
-    """target - lse over all shards, with the gradient that each shard is owed."""
+    """Log-probabilities over all shards, with the gradient that each shard is owed."""
 
     @staticmethod
     def forward(
-        ctx: Any, lse_C: Tensor, target_C: Tensor, group: dist.ProcessGroup | None
-    ) -> Tensor:
-        lse, target = _combine(lse_C, target_C, group)
+        ctx: Any,
+        lse_C: Tensor,
+        target_CK: Tensor,
+        top_C: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        lse, target, top = _combine(lse_C, target_CK, top_C, group)
         ctx.save_for_backward((lse_C - lse).exp())
-        return target - lse
+        is_top = target[:, 0] >= top
+        ctx.mark_non_differentiable(is_top)
+        return target - lse.unsqueeze(1), is_top
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (share_C,) = ctx.saved_tensors
-        return -grads[0] * share_C, grads[0], None
+        return -grads[0].sum(1) * share_C, grads[0], None, None
 
 
 def frozen_head_logprobs(
@@ -124,38 +136,40 @@ def frozen_head_logprobs(
     first_row: int = 0,
     num_real: int | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Return log softmax(hidden W^T)[target] in float32, shape (T,).  Collective over `group`.
+) -> tuple[Tensor, Tensor]:
+    """Return log softmax(hidden W^T)[target] and whether no token is likelier.
 
+    Float32 (T,) and bool (T,).  Collective over `group`.
     `first_row` is the vocabulary index of the shard's first row; rows from `num_real` on are
     padding.  The gradient for `hidden_TH` is this shard's part: the caller sums it over `group`.
     """
     num_rows = weight_VH.shape[0]
     num_real = num_rows if num_real is None else num_real
     rows, here = _local_targets(targets_T, first_row, num_rows)
-    result: Tensor = _FrozenHead.apply(hidden_TH, weight_VH, rows, here, num_real, group)
-    return result
+    logps, is_top = _FrozenHead.apply(hidden_TH, weight_VH, rows, here, num_real, group)
+    return logps, is_top
 
 
 def logprobs(
     hidden_TH: Tensor,
     logits_of: LogitsFunction,
-    targets_T: Tensor,
+    targets_TK: Tensor,
     *,
     num_rows: int,
     first_row: int = 0,
     num_real: int | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return the same as frozen_head_logprobs for any differentiable `logits_of`.
 
-    `logits_of` maps a chunk (C, H) to this shard's logits (C, V).  They are recomputed in
-    backward, chunk by chunk.
+    Targets may be (T, K): log-probabilities are (T, K) then, and the second result, (T,), is about
+    the first of them.  `logits_of` maps a chunk (C, H) to this shard's logits (C, V).  They are
+    recomputed in backward, chunk by chunk.
     """
     num_real = num_rows if num_real is None else num_real
-    rows, here = _local_targets(targets_T, first_row, num_rows)
+    rows, here = _local_targets(targets_TK.view(len(targets_TK), -1), first_row, num_rows)
 
-    def chunk_stats(h: Tensor, r: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_stats(h: Tensor, r: Tensor, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits_of(h).float()
         if num_real < num_rows:
             logits = torch.cat(
@@ -163,10 +177,12 @@ def logprobs(
             )
         return _stats(logits, r, i)
 
-    parts = []
+    parts, is_top = [], []
     size = chunk_size(num_rows)
     for start in range(0, hidden_TH.shape[0], size):
         c = slice(start, start + size)
-        lse, target = checkpoint(chunk_stats, hidden_TH[c], rows[c], here[c], use_reentrant=False)
-        parts.append(_CombineOverVocabulary.apply(lse, target, group))
-    return torch.cat(parts)
+        stats = checkpoint(chunk_stats, hidden_TH[c], rows[c], here[c], use_reentrant=False)
+        logps, tops = _CombineOverVocabulary.apply(*stats, group)
+        parts.append(logps)
+        is_top.append(tops)
+    return torch.cat(parts).view(targets_TK.shape), torch.cat(is_top)

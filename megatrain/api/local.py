@@ -18,6 +18,7 @@ from megatrain.export.skeleton import Skeleton
 from megatrain.model.base import base_slices
 from megatrain.model.network import Network, build_network
 from megatrain.platforms.choose import prepare
+from megatrain.train.losses.make import make_loss
 from megatrain.train.step import BASE, Trainer
 
 
@@ -25,7 +26,7 @@ def open_model(model_id: str, config: ModelConfig, session: Session) -> Trainer:
     """Load this rank's part of a checkpoint.  Collective."""
     network = build_network(locate(model_id), config, session.groups)
     prepare(session.platform)  # Bridge imports some of Megatron's modules only while it builds
-    return Trainer(network)
+    return Trainer(network, seed=session.seed)
 
 
 def add_adapter(
@@ -50,6 +51,11 @@ def add_adapter(
         _check_exportable(network, spec)
     network.add_adapter(name, spec, seed=seed)
     trainer.add(name, accumulation_steps=accumulation_steps)
+
+
+def set_loss(trainer: Trainer, name: str, spec: Any, options: dict[str, Any]) -> None:
+    """Choose an adapter's loss."""
+    trainer.set_loss(name, make_loss(spec, options))
 
 
 def _check_exportable(network: Network, spec: LoraSpec) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatrain.api.inputs import Inputs
 from megatrain.api.metrics import Metrics
-from megatrain.api.session import current_session
+from megatrain.api.session import joined_session
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError, StateError
+from megatrain.parallel.layout import DeviceMesh
 from megatrain.types import InputFeature, StepOutput
 
 BASE = ""
@@ -24,18 +26,26 @@ class MegatronModel:
 
     Args:
         model_id: a folder, a hub id, `hf://id` or `ms://id`.
+        device_mesh: the session's mesh; if `initialize` was not called, it is called with this.
         mixed_precision: `no` (float32), `bf16` or `fp16` (inference only).
         options: further fields of megatrain.config.model.ModelConfig.
 
     Raises ConfigError, LayoutError, CheckpointError or UnknownFamilyError.  Collective.
     """
 
-    def __init__(self, model_id: str, *, mixed_precision: str = "bf16", **options: Any) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        *,
+        device_mesh: DeviceMesh | None = None,
+        mixed_precision: str = "bf16",
+        **options: Any,
+    ) -> None:
         try:
             config = ModelConfig(mixed_precision=mixed_precision, **options)  # type: ignore[arg-type]
         except ValidationError as error:
             raise ConfigError(f"MegatronModel does not take these options: {error}") from error
-        self._session = current_session()
+        self._session = joined_session(device_mesh)
         self.model_id = model_id
         from megatrain.api import local  # noqa: PLC0415 - imports torch and Megatron
 
@@ -43,6 +53,7 @@ class MegatronModel:
         self._trainer = local.open_model(str(model_id), config, self._session)
         self._network = self._trainer.network
         self._metrics: defaultdict[str, Metrics] = defaultdict(Metrics)
+        self._inputs: defaultdict[str, Inputs] = defaultdict(Inputs)
 
     def add_adapter_to_model(
         self,
@@ -89,26 +100,72 @@ class MegatronModel:
         name = self._name(adapter_name)
         self._trainer.set_schedule(name, scheduler_cls, options)
 
+    def set_loss(self, loss_cls: Any, *, adapter_name: str | None = None, **options: Any) -> None:
+        """Choose what forward_backward minimises: a name, a subclass of Loss, or a function.
+
+        Options are the loss's own.  Raises ConfigError for an unknown name or option.
+        """
+        name = self._name(adapter_name)
+        self._engine.set_loss(self._trainer, name, loss_cls, options)
+
+    def set_processor(
+        self, processor_cls: Any, *, adapter_name: str | None = None, **options: Any
+    ) -> None:
+        """Choose what turns rows into model inputs: a name or a subclass of InputProcessor."""
+        self._inputs[self._name(adapter_name)].set_processor(processor_cls, options)
+
+    def set_template(
+        self,
+        template_cls: Any,
+        model_id: str | None = None,
+        *,
+        adapter_name: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Choose what encodes inputs that are conversations: a name or a subclass of Template."""
+        inputs = self._inputs[self._name(adapter_name)]
+        inputs.set_template(template_cls, model_id or self.model_id, options)
+
     def forward_backward(
-        self, *, inputs: Sequence[InputFeature], adapter_name: str | None = None
+        self,
+        *,
+        inputs: Sequence[InputFeature],
+        adapter_name: str | None = None,
+        micro_batch_size: int | None = None,
+        **loss_inputs: Any,
     ) -> StepOutput:
-        """Add the gradients of a global batch to an adapter; return loss and log-probabilities."""
+        """Add the gradients of a global batch to an adapter; return loss and log-probabilities.
+
+        `loss_inputs` are what the loss takes (old_logps, advantages, ref_logps, ...): a list with
+        one entry a datum, each one number, or a number for each label.  `micro_batch_size` data
+        are in a micro-batch, instead of what the model was made with.
+        """
         name = self._name(adapter_name)
         start = time.perf_counter()
-        output = self._trainer.forward_backward(name, inputs)
-        self._metrics[name].add(output, inputs, time.perf_counter() - start)
+        output = self._trainer.forward_backward(
+            name, self._inputs[name](inputs), loss_inputs, micro_batch_size=micro_batch_size
+        )
+        self._metrics[name].add(output, time.perf_counter() - start)
         return output
 
     def forward_only(
-        self, *, inputs: Sequence[InputFeature], adapter_name: str | None = None
+        self,
+        *,
+        inputs: Sequence[InputFeature],
+        adapter_name: str | None = None,
+        micro_batch_size: int | None = None,
+        **loss_inputs: Any,
     ) -> StepOutput:
-        """Return log-probabilities under an adapter; without adapters, under the base.
+        """Return log-probabilities and the loss under an adapter; without adapters, the base.
 
-        `adapter_name` "" asks for the base although there are adapters.
+        `adapter_name` "" asks for the base although there are adapters.  A loss that needs inputs
+        which the call has not is replaced by the cross-entropy.
         """
         base = adapter_name == BASE or (adapter_name is None and not self._trainer.trained)
         name = BASE if base else self._name(adapter_name)
-        return self._trainer.forward_only(name, inputs)
+        return self._trainer.forward_only(
+            name, self._inputs[name](inputs), loss_inputs, micro_batch_size=micro_batch_size
+        )
 
     def clip_grad_and_step(
         self, max_grad_norm: float = 1.0, *, adapter_name: str | None = None
@@ -149,8 +206,8 @@ class MegatronModel:
     ) -> dict[str, float]:
         """Return metrics of the training calls since the last time, and start anew.
 
-        Keys: loss (mean over label tokens), tokens, label_tokens, tokens_per_second, and, once
-        known, lr, grad_norm, step.
+        Keys: loss, what the loss reports (token_accuracy among it), tokens, label_tokens,
+        tokens_per_second, and, once known, lr, grad_norm, step.
         """
         name = self._name(adapter_name)
         if not is_training:

@@ -1,8 +1,8 @@
 """Training metrics of one adapter since they were last asked for."""
 
-from collections.abc import Sequence
+from collections import defaultdict
 
-from megatrain.types import InputFeature, StepOutput
+from megatrain.types import StepOutput
 
 
 class Metrics:
@@ -13,21 +13,29 @@ class Metrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.loss_sum, self.label_tokens, self.tokens, self.seconds = 0.0, 0, 0, 0.0
+        self.loss_sum, self.divisor = 0.0, 0.0
+        self.label_tokens, self.tokens, self.seconds = 0, 0, 0.0
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.counts: defaultdict[str, float] = defaultdict(float)
 
-    def add(self, output: StepOutput, inputs: Sequence[InputFeature], seconds: float) -> None:
+    def add(self, output: StepOutput, seconds: float) -> None:
         """Count one forward_backward."""
-        self.loss_sum += output.loss * output.num_tokens
+        self.loss_sum += output.loss * output.divisor
+        self.divisor += output.divisor
         self.label_tokens += output.num_tokens
-        self.tokens += sum(len(item["input_ids"]) for item in inputs)
+        self.tokens += sum(map(len, output.logps))
         self.seconds += seconds
+        for name, value in output.statistics.items():
+            self.sums[name] += value * output.counts[name]
+            self.counts[name] += output.counts[name]
 
     def take(self) -> dict[str, float]:
         """Return means and sums, and start anew."""
         result = {"tokens": float(self.tokens), "label_tokens": float(self.label_tokens)}
-        if self.label_tokens:
-            result["loss"] = self.loss_sum / self.label_tokens
+        if self.divisor:
+            result["loss"] = self.loss_sum / self.divisor
             result["tokens_per_second"] = self.tokens / self.seconds
+        result |= {name: total / self.counts[name] for name, total in self.sums.items()}
         if self.grad_norm is not None:
             result["grad_norm"] = self.grad_norm
         self._reset()

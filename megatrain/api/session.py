@@ -95,3 +95,20 @@ def current_session() -> Session:
             hint="call megatrain.initialize(mode='local', global_device_mesh=...) first",
         )
     return _session
+
+
+def joined_session(mesh: DeviceMesh | None) -> Session:
+    """Return the session, after `initialize` with defaults and this mesh if there is none.
+
+    Raises ConfigError if there is one with another mesh.
+    """
+    if _session is None:
+        initialize(global_device_mesh=mesh)
+    session = current_session()
+    if mesh is not None and mesh != session.groups.mesh:
+        raise ConfigError(
+            f"this process has joined {session.groups.mesh.describe()}, and the model asks for "
+            f"{mesh.describe()}",
+            hint="leave device_mesh out, or give both the same",
+        )
+    return session

@@ -10,6 +10,8 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    task: Literal["causal_lm", "reward"] = "causal_lm"
+    """Log-probabilities of tokens, or one score a sequence from a head of its own."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Type of parameters and activations; `no` is float32.  Master weights are float32 always."""
     backend: Literal["auto", "torch", "te"] = "auto"

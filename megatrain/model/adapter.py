@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatrain.config.lora import LoraSpec
-from megatrain.model.lora_linear import LinearShape, LoraLinear
-from megatrain.model.tensor_slice import TensorSlice, TrainedParameter
+from megatrain.model.lora_linear import LinearShape, LoraLinear, LoraPart
+from megatrain.model.tensor_slice import TensorPart, TensorSlice, TrainedParameter
 
 
 class Adapter:
@@ -17,21 +18,23 @@ class Adapter:
 
     def __init__(self, spec: LoraSpec, seed: int, linears: dict[str, LoraLinear]) -> None:
         self.spec, self.seed, self.linears = spec, seed, linears
+        self.score: TrainedParameter | None = None
+        """The score head that is trained with it, on the last stage of a reward model."""
 
     def trained_parameters(self) -> list[TrainedParameter]:
         """Return the parameters in a fixed order."""
-        result = []
-        for linear in self.linears.values():
-            shape = linear.shape
-            for letter, parameters in (("A", linear.lora_A), ("B", linear.lora_B)):
-                replicated = not shape.is_split(letter)
-                result += [TrainedParameter(p, shape.is_expert, replicated) for p in parameters]
-        return result
+        result = [each for name, linear in self.linears.items() for each in _trained(name, linear)]
+        return result if self.score is None else [*result, self.score]
 
     def slices(self) -> Iterator[TensorSlice]:
-        """Yield every factor, one expert at a time: `<Hugging Face module>.lora_A` or `.lora_B`."""
+        """Yield every factor, one expert at a time: `<Hugging Face module>.lora_A` or `.lora_B`.
+
+        A score head comes last, as `score.weight`.
+        """
         for linear in self.linears.values():
             yield from _slices(linear)
+        if self.score is not None:
+            yield self.score.parts[0].of(self.score.parameter)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -45,31 +48,61 @@ class Adapter:
                 factor.value.copy_(whole)
 
 
-def _slices(linear: LoraLinear) -> Iterator[TensorSlice]:
+def _trained(name: str, linear: LoraLinear) -> Iterator[TrainedParameter]:
     shape = linear.shape
-    columns = _columns(shape) if shape.is_split("A") else None
+    place: Literal["embedding", "head", "layer"] = "layer"
+    if shape.kind == "embedding":
+        place = "embedding"
+    elif name.endswith(".output_layer"):
+        place = "head"
+    for letter, parameters, parts_of in (
+        ("A", linear.lora_A, _parts_of_a),
+        ("B", linear.lora_B, _parts_of_b),
+    ):
+        for parameter, part in zip(parameters, linear.parts, strict=True):
+            yield TrainedParameter(
+                parameter,
+                shape.is_expert,
+                is_replicated=not shape.is_split(letter),
+                parts=tuple(parts_of(shape, part)),
+                factor="A" if letter == "A" else "B",
+                place=place,
+            )
+
+
+def _slices(linear: LoraLinear) -> Iterator[TensorSlice]:
     for part, a, b in zip(linear.parts, linear.lora_A, linear.lora_B, strict=True):
-        for expert, module in enumerate(part.hf_modules):
-            a_value, b_value = a.detach(), b.detach()
-            if shape.is_expert:
-                a_value, b_value = a_value[expert], b_value[expert]
-            yield TensorSlice(
-                name=f"{module}.lora_A",
-                value=a_value if columns is None else a_value[:, : len(columns)],
-                full_shape=(part.rank, shape.total_in_features),
-                dim=None if columns is None else 1,
-                index=columns,
-                is_expert=shape.is_expert,
-            )
-            split = shape.is_split("B")
-            yield TensorSlice(
-                name=f"{module}.lora_B",
-                value=b_value,
-                full_shape=(part.out_features, part.rank),
-                dim=0 if split else None,
-                index=part.rows if split else None,
-                is_expert=shape.is_expert,
-            )
+        both = zip(_parts_of_a(linear.shape, part), _parts_of_b(linear.shape, part), strict=True)
+        for part_of_a, part_of_b in both:
+            yield part_of_a.of(a)
+            yield part_of_b.of(b)
+
+
+def _parts_of_a(shape: LinearShape, part: LoraPart) -> Iterator[TensorPart]:
+    columns = _columns(shape) if shape.is_split("A") else None
+    kept = () if columns is None else (slice(None), slice(len(columns)))
+    for expert, module in enumerate(part.hf_modules):
+        yield TensorPart(
+            name=f"{module}.lora_A",
+            full_shape=(part.rank, shape.total_in_features),
+            dim=None if columns is None else 1,
+            index=columns,
+            is_expert=shape.is_expert,
+            selection=(expert, *kept) if shape.is_expert else kept,
+        )
+
+
+def _parts_of_b(shape: LinearShape, part: LoraPart) -> Iterator[TensorPart]:
+    split = shape.is_split("B")
+    for expert, module in enumerate(part.hf_modules):
+        yield TensorPart(
+            name=f"{module}.lora_B",
+            full_shape=(part.out_features, part.rank),
+            dim=0 if split else None,
+            index=part.rows if split else None,
+            is_expert=shape.is_expert,
+            selection=(expert,) if shape.is_expert else (),
+        )
 
 
 def _columns(shape: LinearShape) -> Tensor:

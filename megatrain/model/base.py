@@ -1,12 +1,13 @@
 """The base model's own parameters: to train all of them, and to write them back."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
 from megatrain.checkpoint.names import LocalParameter, ParameterTable, parallel_kind
 from megatrain.errors import ConfigError
-from megatrain.model.tensor_slice import TensorSlice, TrainedParameter
+from megatrain.model.tensor_slice import TensorPart, TensorSlice, TrainedParameter
 
 
 def trained_parameters(table: ParameterTable) -> list[TrainedParameter]:
@@ -24,7 +25,12 @@ def trained_parameters(table: ParameterTable) -> list[TrainedParameter]:
         tie = None
         if table.groups.mesh.pp > 1 and table.is_tied and p.global_name.startswith("embedding."):
             tie = int(p.local_name.startswith("output_layer."))
-        result.append(TrainedParameter(p.parameter, p.is_expert, not split, tie))
+        parts = tuple(_parts(table, p))
+        result.append(
+            TrainedParameter(
+                p.parameter, p.is_expert, not split, parts, tie=tie, place=_place(p.local_name)
+            )
+        )
     return result
 
 
@@ -45,28 +51,37 @@ def base_slices(table: ParameterTable) -> Iterator[TensorSlice]:
     for p in table.parameters:
         if table.is_tied and p.local_name.startswith("output_layer."):
             continue
-        kind = parallel_kind(p)
-        if kind == "column":
-            yield from _row_slices(table, p)
-            continue
-        (name,) = table.hf_names(p)
-        value, rank, size = p.parameter.detach(), *table.tp_place(p)
-        index = None
-        if kind == "row" and value.dim() == 2:
-            index = torch.arange(rank * value.shape[1], (rank + 1) * value.shape[1])
-        shape = (value.shape[0], value.shape[1] * size) if index is not None else value.shape
-        dim = None if index is None else 1
-        yield TensorSlice(name, value, tuple(shape), dim, index, p.is_expert)
+        for part in _parts(table, p):
+            yield part.of(p.parameter)
 
 
-def _row_slices(table: ParameterTable, p: LocalParameter) -> Iterator[TensorSlice]:
-    value = p.parameter.detach()
+def _place(local_name: str) -> Literal["embedding", "head", "layer"]:
+    if local_name.startswith("embedding."):
+        return "embedding"
+    return "head" if local_name.startswith("output_layer.") else "layer"
+
+
+def _parts(table: ParameterTable, p: LocalParameter) -> Iterator[TensorPart]:
+    kind = parallel_kind(p)
+    if kind == "column":
+        yield from _row_parts(table, p)
+        return
+    (name,) = table.hf_names(p)
+    shape, (rank, size) = p.parameter.shape, table.tp_place(p)
+    index = None
+    if kind == "row" and len(shape) == 2:
+        index = torch.arange(rank * shape[1], (rank + 1) * shape[1])
+    full_shape = (shape[0], shape[1] * size) if index is not None else tuple(shape)
+    yield TensorPart(name, full_shape, None if index is None else 1, index, p.is_expert)
+
+
+def _row_parts(table: ParameterTable, p: LocalParameter) -> Iterator[TensorPart]:
     for part in table.parts(p):
-        yield TensorSlice(
+        yield TensorPart(
             name=part.hf_name,
-            value=value[torch.from_numpy(part.places).to(value.device)],
             full_shape=table.hf_shape(part.hf_name),
             dim=0,
             index=torch.from_numpy(part.rows),
             is_expert=p.is_expert,
+            selection=(torch.from_numpy(part.places),),
         )

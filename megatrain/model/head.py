@@ -1,4 +1,4 @@
-"""From the decoder's hidden states to log-probabilities of the labels, without whole logits."""
+"""From the decoder's hidden states to what a loss needs, without whole logits."""
 
 from typing import Any
 
@@ -11,13 +11,19 @@ from megatrain.model.microbatch import MicroBatch
 from megatrain_kernels.logprobs import frozen_head_logprobs, logprobs
 
 
-class LogprobHead:
-    """GPTModel's output processor: hidden states in, log-probabilities of N labels out."""
+class Head:
+    """GPTModel's output processor: hidden states in, rows of numbers for N labels out.
+
+    Row 0 is the label's log-probability, row 1 is 1 where no token is likelier, further rows are
+    the log-probabilities of `extra_targets_NK`.  With a score head, row 0 alone: the score.
+    """
 
     def __init__(self, vocab_size: int, tp_group: Any) -> None:
         self.vocab_size, self.tp_group = vocab_size, tp_group
         self.lora: LoraLinear | None = None
         """Factors of the active adapter on the output layer, if it has any."""
+        self.score_1H: Tensor | None = None
+        """Weight of the score head; None for log-probabilities."""
 
     def __call__(
         self,
@@ -28,11 +34,13 @@ class LogprobHead:
         context: MicroBatch,
         **kwargs: Any,
     ) -> Tensor:
-        """Return float32 (N,).  Collective over TP."""
+        """Return float32 (R, N).  Collective over TP."""
         hidden = hidden_states
         if self.tp_group.size() > 1:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         hidden = hidden.squeeze(1).index_select(0, context.label_index_N)
+        if self.score_1H is not None:
+            return self._scores(hidden, self.score_1H)
         weight = output_layer.weight if output_weight is None else output_weight
         bias, lora = output_layer.bias, self.lora
         first = self.tp_group.rank() * weight.shape[0]
@@ -41,11 +49,26 @@ class LogprobHead:
             "num_real": max(0, min(weight.shape[0], self.vocab_size - first)),
             "group": self.tp_group,
         }
-        if lora is None and bias is None and not weight.requires_grad:
-            return frozen_head_logprobs(hidden, weight, context.targets_N, **shard)
+        extra = context.extra_targets_NK
+        if lora is None and bias is None and not weight.requires_grad and extra is None:
+            logps, is_top = frozen_head_logprobs(hidden, weight, context.targets_N, **shard)
+            return torch.stack([logps, is_top.float()])
 
         def logits_of(h: Tensor) -> Tensor:
             logits = torch.nn.functional.linear(h, weight, bias)
             return logits if lora is None else logits + lora.local(h)
 
-        return logprobs(hidden, logits_of, context.targets_N, num_rows=weight.shape[0], **shard)
+        targets = context.targets_N.unsqueeze(1)
+        if extra is not None:
+            targets = torch.cat([targets, extra], 1)
+        logps_NK, is_top = logprobs(hidden, logits_of, targets, num_rows=weight.shape[0], **shard)
+        return torch.cat([logps_NK[:, :1].T, is_top.float().unsqueeze(0), logps_NK[:, 1:].T])
+
+    def _scores(self, hidden_NH: Tensor, score_1H: Tensor) -> Tensor:
+        """Return h . w, float32 (1, N).
+
+        Every TP rank computes all of it, and gradients are summed over TP afterwards: only the
+        first one's counts.
+        """
+        scores = torch.nn.functional.linear(hidden_NH.float(), score_1H.float()).T
+        return scores if self.tp_group.rank() == 0 else scores.detach() + 0.0 * scores

@@ -1,10 +1,22 @@
 """One packed micro-batch as a rank sees it: its share of the tokens, and where results belong."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from megatrain_kernels.torch_backend.core_attention import PackedSequences
+
+
+@dataclass(frozen=True, slots=True)
+class WholeLabels:
+    """What a loss knows of a micro-batch: all M labels of S sequences, on every CP rank."""
+
+    sequence_M: Tensor
+    """Which sequence a label belongs to, int64, ascending."""
+    num_sequences: int
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per-call loss inputs: (M,), (S,) or (M, K)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +32,10 @@ class MicroBatch:
     """Which of the T tokens predict a label; at least one entry, a dummy if there is none."""
     targets_N: Tensor
     """The labels they predict."""
-    weights_N: Tensor
-    """Weight of each in the loss, float32; a dummy's is 0."""
+    places_N: Tensor
+    """Which of the M labels each is; -1 for a dummy."""
     slots_N: Tensor
     """Where each result goes in the flat global result; -1 for a dummy."""
+    labels: WholeLabels
+    extra_targets_NK: Tensor | None = None
+    """Further tokens whose log-probabilities are wanted, int64."""

@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint as Megatron model chunks on this rank, with its table of names."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,21 +15,23 @@ from megatrain.checkpoint.names import ParameterTable
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
-from megatrain.errors import StateError, UnknownFamilyError
+from megatrain.errors import ConfigError, StateError, UnknownFamilyError
 from megatrain.model.adapter import Adapter
 from megatrain.model.base import trained_parameters
-from megatrain.model.head import LogprobHead
+from megatrain.model.head import Head
 from megatrain.model.lora import ActiveAdapter, make_adapter
 from megatrain.model.microbatch import MicroBatch
 from megatrain.model.provider import make_bridge, make_provider
+from megatrain.model.score import make_score
 from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
 from megatrain.platforms.bridge_import import quiet
 
 logger = logging.getLogger(__name__)
 
-LossFunction = Callable[[Tensor, MicroBatch], Tensor]
-"""From log-probabilities (N,) to a scalar that is summed over micro-batches and ranks."""
+LossFunction = Callable[[Tensor, MicroBatch], tuple[Tensor, Tensor]]
+"""From the head's rows (R, N) to a scalar that is summed over micro-batches and ranks, and what
+to keep of it."""
 
 
 @dataclass
@@ -41,9 +44,14 @@ class Network:
     provider: Any
     chunks: list[torch.nn.Module]
     table: ParameterTable
-    head: LogprobHead
+    head: Head
     active: ActiveAdapter = field(default_factory=ActiveAdapter)
     adapters: dict[str, Adapter] = field(default_factory=dict)
+
+    @property
+    def has_scores(self) -> bool:
+        """Tell whether a score head takes the place of log-probabilities."""
+        return self.config.task == "reward"
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +65,15 @@ class Network:
         self.adapters[name] = make_adapter(
             self.table, spec, seed=seed, name=name, active=self.active
         )
+        self.adapters[name].score = self._make_score(seed)
         return self.adapters[name]
+
+    def _make_score(self, seed: int) -> TrainedParameter | None:
+        if not self.has_scores or not self.groups.is_last_stage:
+            return None
+        std = json.loads((self.folder / "config.json").read_text()).get("initializer_range", 0.02)
+        size = int(self.provider.hidden_size)
+        return make_score(size, seed=seed, std=std, device=self.groups.device)
 
     def train_base(self) -> list[TrainedParameter]:
         """Unfreeze the base and return its parameters.
@@ -67,6 +83,11 @@ class Network:
         if self.adapters:
             raise StateError(
                 f"the base is frozen, since there are adapters: {', '.join(self.adapters)}"
+            )
+        if self.has_scores:
+            raise ConfigError(
+                "a reward model is trained with an adapter, not as a whole",
+                hint="call add_adapter_to_model before set_optimizer",
             )
         parameters = trained_parameters(self.table)
         for chunk in self.chunks:
@@ -83,13 +104,21 @@ class Network:
                 (v for k, v in adapter.linears.items() if k.endswith(".output_layer")), None
             )
         self.head.lora = head
+        if self.has_scores and adapter is None:
+            raise StateError(
+                "the base has no score head of its own; one is trained with an adapter",
+                hint="call add_adapter_to_model first",
+            )
+        if adapter is not None and adapter.score is not None:
+            self.head.score_1H = adapter.score.parameter
 
     def run(
-        self, batches: Sequence[MicroBatch], loss: LossFunction | None
+        self, batches: Sequence[MicroBatch], loss: LossFunction | None, *, train: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Send micro-batches through the pipeline; with `loss`, backward as well.
+        """Send micro-batches through the pipeline; with `train`, backward as well.
 
-        Returns each micro-batch's log-probabilities and loss on the last stage; elsewhere nothing.
+        Returns, of each micro-batch on the last stage, the head's rows and what the loss keeps
+        (nothing without a loss); elsewhere empty lists.
         Collective: every rank brings as many micro-batches.
         """
         from megatron.core.pipeline_parallel import (  # noqa: PLC0415 - patched first
@@ -97,10 +126,10 @@ class Network:
         )
 
         for chunk in self.chunks:
-            chunk.train(loss is not None)
+            chunk.train(train)
         step = _ForwardStep(self.head, loss)
         iterators = [iter(batches) for _ in self.chunks]
-        with torch.set_grad_enabled(loss is not None):
+        with torch.set_grad_enabled(train):
             results = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -108,16 +137,16 @@ class Network:
                 num_microbatches=len(batches),
                 seq_length=max(b.input_ids_1T.shape[1] for b in batches) * self.groups.mesh.cp,
                 micro_batch_size=1,
-                forward_only=loss is None,
+                forward_only=not train,
             )
-        return [r["logps"] for r in results], [r["loss"] for r in results]
+        return [r["rows"] for r in results], [r["kept"] for r in results if "kept" in r]
 
 
 @dataclass(frozen=True, slots=True)
 class _ForwardStep:
     """What Megatron's schedule calls for each micro-batch and model chunk."""
 
-    head: LogprobHead
+    head: Head
     loss: LossFunction | None
 
     def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
@@ -140,10 +169,12 @@ class _Result:
     batch: MicroBatch
     loss: LossFunction | None
 
-    def __call__(self, logps_N: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        tokens = torch.tensor(0, dtype=torch.int, device=logps_N.device)
-        value = logps_N.sum() * 0.0 if self.loss is None else self.loss(logps_N, self.batch)
-        return value, tokens, {"logps": logps_N.detach(), "loss": value.detach()}
+    def __call__(self, rows_RN: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        tokens = torch.tensor(0, dtype=torch.int, device=rows_RN.device)
+        if self.loss is None:
+            return rows_RN.sum() * 0.0, tokens, {"rows": rows_RN.detach()}
+        value, kept = self.loss(rows_RN, self.batch)
+        return value, tokens, {"rows": rows_RN.detach(), "kept": kept}
 
 
 def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
@@ -166,7 +197,7 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
     load_parameters(table, source)
     if config.recompute or groups.mesh.pp > 1:
         _let_gradients_reach_the_first_layer(chunks[0])
-    head = LogprobHead(int(provider.vocab_size), groups.tp)
+    head = Head(int(provider.vocab_size), groups.tp)
     return Network(folder, config, groups, provider, chunks, table, head)
 
 

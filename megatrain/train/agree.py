@@ -8,11 +8,10 @@ import torch.distributed as dist
 
 from megatrain.errors import DataError
 from megatrain.parallel.groups import Groups
-from megatrain.train.datum import Datum
 
 
-def agree(data: Sequence[Datum] | None, groups: Groups) -> None:
-    """Return if every rank has the same data; `None` says that this rank has refused its batch.
+def agree(data: Sequence[bytes] | None, groups: Groups) -> None:
+    """Return if every rank has data of the same digests; `None` says that this one refused them.
 
     Raises DataError on all ranks otherwise (a rank that refused raises its own).  Collective over
     all ranks: one small sum of digests over Gloo.
@@ -39,11 +38,7 @@ def agree(data: Sequence[Datum] | None, groups: Groups) -> None:
 _REFUSED = -1
 
 
-def _digest(data: Sequence[Datum]) -> int:
-    """Return 62 bits of a hash of all ids and labels."""
-    digest = hashlib.blake2b(digest_size=8)
-    for datum in data:
-        digest.update(len(datum.input_ids_S).to_bytes(8, "big"))
-        digest.update(datum.input_ids_S.tobytes())
-        digest.update(datum.labels_S.tobytes())
+def _digest(data: Sequence[bytes]) -> int:
+    """Return 62 bits of a hash of all digests."""
+    digest = hashlib.blake2b(b"".join(data), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 2

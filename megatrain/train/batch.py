@@ -8,15 +8,12 @@ Every rank makes the same plan from the same batch, so nothing is communicated.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from megatrain.errors import DataError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.parallel.groups import Groups
-from megatrain.train.datum import Datum
-from megatrain.types import IGNORED_LABEL
-from megatrain_kernels.segments import local_positions
-from megatrain_kernels.torch_backend.core_attention import packed_sequences
+from megatrain.train.datum import BatchRules, Datum, read_content
+from megatrain.train.pack import PackedDatum, Packer
 
 DEFAULT_TOKENS_PER_MICROBATCH = 4096
 """Token budget when neither a budget nor a number of data is given."""
@@ -71,20 +68,24 @@ class BatchPlan:
         self,
         data: Sequence[Datum],
         groups: Groups,
+        rules: BatchRules,
         *,
         max_tokens: int | None = None,
         max_data: int | None = None,
     ) -> None:
-        self.data, self.groups = list(data), groups
+        self.data, self.groups, self.rules = list(data), groups, rules
         mesh = groups.mesh
-        self.bins = plan_bins(
-            [len(datum.input_ids_S) for datum in data],
+        self.unit = 1 if rules.loss is None else rules.loss.unit
+        units = [self.data[i : i + self.unit] for i in range(0, len(self.data), self.unit)]
+        bins = plan_bins(
+            [sum(datum.size for datum in unit) for unit in units],
             num_ranks=mesh.dp,
             multiple=mesh.pp if mesh.vpp > 1 else 1,
             max_tokens=max_tokens,
-            max_data=max_data,
+            max_data=max_data and max(1, max_data // self.unit),
         )
-        self.num_slots = sum(len(datum.input_ids_S) for datum in data)
+        self.bins = [[datum.index for i in members for datum in units[i]] for members in bins]
+        self.num_slots = sum(datum.size for datum in data)
 
     @property
     def num_labels(self) -> int:
@@ -92,74 +93,30 @@ class BatchPlan:
         return sum(datum.num_labels for datum in self.data)
 
     def micro_batches(self) -> list[MicroBatch]:
-        """Return this rank's micro-batches; every rank has as many."""
+        """Return this rank's micro-batches; every rank has as many.
+
+        Data that were not read yet are read here.  Raises DataError.
+        """
         mesh = self.groups.mesh
         rank = self.groups.collection.dp.rank()
-        mine = [[self.data[i] for i in b] for b in self.bins[rank :: mesh.dp]]
-        lengths = [self._lengths(members) for members in mine]
+        mine = [[self._read(self.data[i]) for i in b] for b in self.bins[rank :: mesh.dp]]
+        packer = Packer(self.groups, self.rules.loss)
+        lengths = [packer.padded_lengths(members) for members in mine]
         if mesh.vpp > 1:  # the interleaved schedule knows one length only
             longest = max(sum(each) for each in lengths)
             lengths = [
                 [*each, longest - sum(each)] if sum(each) < longest else each for each in lengths
             ]
-        return [self._pack(m, n) for m, n in zip(mine, lengths, strict=True)]
+        return [packer.pack(m, n) for m, n in zip(mine, lengths, strict=True)]
 
-    def _lengths(self, members: Sequence[Datum]) -> list[int]:
-        """Return padded lengths of these sequences; the last one may be padding alone."""
-        mesh = self.groups.mesh
-        each = 2 * mesh.cp if mesh.cp > 1 else 1
-        lengths = [-(-len(m.input_ids_S) // each) * each for m in members]
-        # Sequence parallelism splits this rank's tokens over TP.
-        surplus = -sum(lengths) % (each * mesh.tp)
-        if surplus or not lengths:
-            lengths.append(surplus or each * mesh.tp)
-        return lengths
-
-    def _pack(self, members: Sequence[Datum], lengths: list[int]) -> MicroBatch:
-        flat = _Flat(sum(lengths))
-        for member, start in zip(members, np.cumsum([0, *lengths]), strict=False):
-            flat.put(member, int(start))
-        return self._to_tensors(flat, lengths)
-
-    def _to_tensors(self, flat: "_Flat", lengths: list[int]) -> MicroBatch:
-        mesh, device = self.groups.mesh, self.groups.device
-        cp_group = self.groups.collection.cp
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        mine = np.arange(len(positions))
-        if mesh.cp > 1:
-            mine = np.array(local_positions(lengths, cp_size=mesh.cp, cp_rank=cp_group.rank()))
-        slots = flat.slots[mine]
-        index = np.flatnonzero(slots >= 0)
-        if not len(index):
-            index = np.zeros(1, dtype=np.int64)
-
-        def tensor(values: npt.NDArray[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-        return MicroBatch(
-            input_ids_1T=tensor(flat.ids[mine][None]),
-            positions_1T=tensor(positions[mine][None]),
-            packed=packed_sequences(lengths, cp_group=cp_group, device=device),
-            label_index_N=tensor(index),
-            targets_N=tensor(flat.targets[mine][index]),
-            weights_N=tensor((slots[index] >= 0).astype(np.float32)),
-            slots_N=tensor(slots[index]),
-        )
-
-
-class _Flat:
-    """Packed tokens before CP splits them: token t predicts targets[t] into slots[t]."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.ids = np.zeros(num_tokens, dtype=np.int64)
-        self.targets = np.zeros(num_tokens, dtype=np.int64)
-        self.slots = np.full(num_tokens, -1, dtype=np.int64)
-
-    def put(self, datum: Datum, start: int) -> None:
-        """Write one datum; labels move one to the left."""
-        size = len(datum.input_ids_S)
-        self.ids[start : start + size] = datum.input_ids_S
-        has_label = datum.labels_S[1:] != IGNORED_LABEL
-        where = start + np.flatnonzero(has_label)
-        self.targets[where] = datum.labels_S[1:][has_label]
-        self.slots[where] = datum.start + 1 + np.flatnonzero(has_label)
+    def _read(self, datum: Datum) -> PackedDatum:
+        content = datum.content
+        if content is None:
+            content = read_content(datum.index, datum.row, self.rules, datum.inputs)
+            found = (len(content.input_ids_S), len(content.where_L))
+            if found != (datum.size, datum.num_labels):
+                raise DataError(
+                    f"datum {datum.index} says that it has {datum.size} tokens and "
+                    f"{datum.num_labels} labels; it has {found[0]} and {found[1]}"
+                )
+        return PackedDatum(datum.index, datum.start, content)

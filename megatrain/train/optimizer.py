@@ -60,8 +60,8 @@ class GradientAccumulator:
     def scale(self, factor: float) -> None:
         """Multiply the reduced gradient."""
         for shard in self.shards:
-            assert shard.master_Q.grad is not None
-            shard.master_Q.grad.mul_(factor)
+            assert shard.grad_Q is not None
+            shard.grad_Q.mul_(factor)
 
     def snapshot(self) -> list[torch.Tensor] | None:
         """Return a copy of the sums so far; None if there are none yet."""
@@ -89,7 +89,7 @@ def make_optimizer(
 
     Raises ConfigError for an unknown name or option.
     """
-    masters = [shard.master_Q for shard in accumulator.shards]
+    masters = [p.parameter for shard in accumulator.shards for p in shard.split(lambda _: 0)]
     # A stage without trained parameters has an optimizer all the same: its schedule goes on.
     masters = masters or [torch.nn.Parameter(torch.zeros(0, device=accumulator.groups.device))]
     return _construct(name, masters, options)

@@ -1,7 +1,7 @@
 """READ FIRST.  One training step, from a global batch to new adapter weights.
 
     forward_backward(batch)   pack -> run the pipeline -> add gradients -> logprobs in request order
-    clip_grad_and_step()      sum over ranks, divide by tokens, clip -> optimizer -> new weights
+    clip_grad_and_step()      sum over ranks, divide by labels, clip -> optimizer -> new weights
 
 Every rank calls every method with the same arguments: the batch is the global batch, and what
 comes back is the whole result on every rank.  Sums and counts accumulate over calls; the division
@@ -9,21 +9,25 @@ comes at the step, so that neither the packing nor the number of calls changes a
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from megatrain.errors import ConfigError, DataError, NonFiniteError, StateError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.model.network import Network
+from megatrain.parallel.dropout import seed_dropout
 from megatrain.train.agree import agree
 from megatrain.train.batch import BatchPlan
-from megatrain.train.datum import check_batch
-from megatrain.train.losses import cross_entropy
+from megatrain.train.collect import collect
+from megatrain.train.datum import BatchRules, check_batch
+from megatrain.train.loss import Loss
+from megatrain.train.loss_inputs import check_names
+from megatrain.train.losses.likelihood import CrossEntropyLoss
+from megatrain.train.losses.reward_model import RewardModelLoss
+from megatrain.train.objective import Objective, ScoresOnly
 from megatrain.train.optimizer import GradientAccumulator, check_optimizer, make_optimizer
 from megatrain.train.schedule import make_schedule
 from megatrain.types import InputFeature, StepOutput
@@ -38,6 +42,10 @@ class Trained:
 
     gradients: GradientAccumulator
     accumulation_steps: int = 1
+    loss: Loss = field(default_factory=CrossEntropyLoss)
+    """What forward_backward minimises."""
+    num_passes: int = 0
+    """Passes since the last step: they decide, with the step, what dropout draws."""
     optimizer: torch.optim.Optimizer | None = None
     schedule: torch.optim.lr_scheduler.LambdaLR | None = None
     num_calls: int = 0
@@ -51,8 +59,8 @@ class Trained:
 class Trainer:
     """Trains the adapters of one network."""
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    def __init__(self, network: Network, *, seed: int = 42) -> None:
+        self.network, self.seed = network, seed
         self.trained: dict[str, Trained] = {}
 
     def add(self, name: str, *, accumulation_steps: int = 1) -> None:
@@ -66,7 +74,10 @@ class Trainer:
         else:
             parameters = self.network.adapters[name].trained_parameters()
         gradients = GradientAccumulator(parameters, self.network.groups)
-        self.trained[name] = Trained(gradients, accumulation_steps)
+        self.trained[name] = Trained(gradients, accumulation_steps, self._default_loss())
+
+    def _default_loss(self) -> Loss:
+        return RewardModelLoss() if self.network.has_scores else CrossEntropyLoss()
 
     def set_optimizer(self, name: str, kind: str, options: dict[str, Any]) -> None:
         """Choose the optimizer of an adapter."""
@@ -96,69 +107,119 @@ class Trainer:
             raise StateError(f"adapter {name!r} has no optimizer", hint="call set_optimizer first")
         return optimizer
 
-    def forward_backward(self, name: str, inputs: Sequence[InputFeature]) -> StepOutput:
+    def set_loss(self, name: str, loss: Loss) -> None:
+        """Choose what forward_backward minimises."""
+        if loss.uses_scores != self.network.has_scores:
+            raise ConfigError(
+                f"{type(loss).__name__} "
+                + ("needs" if loss.uses_scores else "does not go with")
+                + " a model with a score head",
+                hint="MegatronModel(task='reward') has one, task='causal_lm' has not",
+            )
+        self.trained[name].loss = loss
+
+    def forward_backward(
+        self,
+        name: str,
+        inputs: Sequence[InputFeature],
+        loss_inputs: Mapping[str, Any] | None = None,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> StepOutput:
         """Add this batch's gradients to an adapter.  Collective.
 
         Raises DataError before anything has changed; NonFiniteError, with the gradients as they
         were before the call, if a loss is not a number.
         """
-        plan = self._plan(inputs, train=True)
-        self.network.activate(name)
         trained = self.trained[name]
         if trained.gradients.is_reduced:
             raise StateError(
                 "gradients were already summed over ranks by clip_grad_norm",
                 hint="call step and zero_grad before the next forward_backward",
             )
+        rules = BatchRules(self.network.vocab_size, trained.loss, train=True)
+        plan, batches = self._plan(inputs, rules, loss_inputs or {}, micro_batch_size)
+        self.network.activate(name)
+        seed_dropout(self.network.groups, self.seed, name, trained.step, trained.num_passes)
+        trained.num_passes += 1
         before = trained.gradients.snapshot()
-        output = self._run(plan, _weighted_cross_entropy, step=trained.step)
-        if isinstance(output, NonFiniteError):
+        output = self._run(plan, batches, trained.loss, train=True, step=trained.step)
+        if isinstance(output, Exception):
             trained.gradients.restore(before)
             raise output
-        trained.gradients.num_tokens += plan.num_labels
+        trained.gradients.num_tokens += output.divisor
         return output
 
-    def forward_only(self, name: str, inputs: Sequence[InputFeature]) -> StepOutput:
-        """Return log-probabilities under an adapter, or under the base for BASE.  Collective."""
-        plan = self._plan(inputs, train=False)
+    def forward_only(
+        self,
+        name: str,
+        inputs: Sequence[InputFeature],
+        loss_inputs: Mapping[str, Any] | None = None,
+        *,
+        micro_batch_size: int | None = None,
+    ) -> StepOutput:
+        """Return log-probabilities, and the loss, under an adapter, or the base for BASE.
+
+        The loss is the adapter's; where it needs inputs and the call has none, or for a base that
+        is not trained, it is the cross-entropy of all labels.  Collective.
+        """
+        loss = self._loss_without_gradient(name, loss_inputs or {}, inputs)
+        rules = BatchRules(self.network.vocab_size, loss)
+        plan, batches = self._plan(inputs, rules, loss_inputs or {}, micro_batch_size)
         self.network.activate(name)
-        output = self._run(plan, None, step=self.trained[name].step if name in self.trained else 0)
-        if isinstance(output, NonFiniteError):
+        step = self.trained[name].step if name in self.trained else 0
+        output = self._run(plan, batches, loss, train=False, step=step)
+        if isinstance(output, Exception):
             raise output
         return output
 
-    def _plan(self, inputs: Sequence[InputFeature], *, train: bool) -> BatchPlan:
-        """Check the batch and plan it; all ranks go on with the same one, or none does.
+    def _loss_without_gradient(
+        self, name: str, loss_inputs: Mapping[str, Any], inputs: Sequence[InputFeature]
+    ) -> Loss:
+        loss = self.trained[name].loss if name in self.trained else CrossEntropyLoss()
+        if self.network.has_scores:
+            return ScoresOnly() if len(inputs) % loss.unit else loss
+        needed = {key for key, spec in loss.inputs.items() if spec.required}
+        first = inputs[0] if isinstance(inputs, Sequence) and inputs else {}
+        given = {*loss_inputs, *(first if isinstance(first, Mapping) else {})}
+        return loss if loss_inputs or needed <= given else CrossEntropyLoss()
+
+    def _plan(
+        self,
+        inputs: Sequence[InputFeature],
+        rules: BatchRules,
+        loss_inputs: Mapping[str, Any],
+        micro_batch_size: int | None,
+    ) -> tuple[BatchPlan, list[MicroBatch]]:
+        """Check the batch, plan and pack it; all ranks go on with the same one, or none does.
 
         Raises DataError on every rank if any rank refuses its batch or has another one.
         Collective.
         """
-        network = self.network
+        network, config = self.network, self.network.config
+        tokens, size = config.max_tokens_per_microbatch, config.micro_batch_size
+        if micro_batch_size is not None:
+            tokens, size = None, micro_batch_size
         try:
-            data = check_batch(inputs, vocab_size=network.vocab_size, train=train)
+            check_names(rules.loss, loss_inputs)
+            data = check_batch(inputs, rules, loss_inputs)
+            plan = BatchPlan(data, network.groups, rules, max_tokens=tokens, max_data=size)
+            batches = plan.micro_batches()
         except DataError as error:
             agree(None, network.groups)
             raise error
-        agree(data, network.groups)
-        config = network.config
-        return BatchPlan(
-            data,
-            network.groups,
-            max_tokens=config.max_tokens_per_microbatch,
-            max_data=config.micro_batch_size,
-        )
+        agree([datum.digest for datum in data], network.groups)
+        return plan, batches
 
-    def _run(self, plan: BatchPlan, loss: Any, *, step: int) -> StepOutput | NonFiniteError:
-        batches = plan.micro_batches()
-        logps, _ = self.network.run(batches, loss)
-        flat = _gather(plan, batches, logps, self.network)
-        if isinstance(flat, NonFiniteError):
-            return NonFiniteError(f"{flat.message} at step {step}", hint=flat.hint)
-        values = flat.cpu().numpy()
-        total = -float(values.astype("float64").sum())
-        mean = total / plan.num_labels if plan.num_labels else 0.0
-        per_datum = [values[d.start : d.start + len(d.input_ids_S)] for d in plan.data]
-        return StepOutput(loss=mean, logps=per_datum, num_tokens=plan.num_labels)
+    def _run(
+        self, plan: BatchPlan, batches: list[MicroBatch], loss: Loss, *, train: bool, step: int
+    ) -> StepOutput | Exception:
+        objective = Objective(loss, self.network.groups)
+        rows, totals = self.network.run(batches, objective, train=train)
+        result = collect(plan, batches, rows, totals, objective)
+        if isinstance(result, NonFiniteError):
+            return NonFiniteError(f"{result.message} at step {step}", hint=result.hint)
+        return result
 
     def clip_grad_norm(self, name: str, max_grad_norm: float) -> float:
         """Sum gradients over ranks, scale them to at most this norm, return the norm before it.
@@ -189,6 +250,7 @@ class Trainer:
         for shard in trained.gradients.shards:
             shard.write_parameters()
         trained.step += 1
+        trained.num_passes = 0
 
     def lr_step(self, name: str) -> None:
         """Move the learning rate schedule on by one step."""
@@ -218,35 +280,3 @@ class Trainer:
         """Forget an adapter's gradients, and the calls that led to them."""
         self.trained[name].gradients.zero()
         self.trained[name].num_calls = 0
-
-
-def _weighted_cross_entropy(logps_N: Tensor, batch: MicroBatch) -> Tensor:
-    return cross_entropy(logps_N, batch.weights_N)
-
-
-def _gather(
-    plan: BatchPlan, batches: Sequence[MicroBatch], logps: Sequence[Tensor], network: Network
-) -> Tensor | NonFiniteError:
-    """Return all log-probabilities in request order, float32, on every rank.  Collective.
-
-    The first TP rank of each last stage writes what it has; a sum over ranks puts it together
-    (every slot has one writer, so the sum is exact).  The tail holds one flag a rank.
-    """
-    groups = network.groups
-    world = groups.mesh.world_size
-    flat = torch.zeros(plan.num_slots + world, device=groups.device)
-    if groups.is_last_stage and groups.tp.rank() == 0:
-        for batch, values in zip(batches, logps, strict=True):
-            real = batch.slots_N >= 0
-            flat[batch.slots_N[real]] = values[real]
-        bad = not bool(torch.isfinite(flat).all())
-        flat.nan_to_num_(0.0, 0.0, 0.0)
-        flat[plan.num_slots + groups.rank] = float(bad)
-    dist.all_reduce(flat)
-    ranks = flat[plan.num_slots :].nonzero().flatten().tolist()
-    if ranks:
-        return NonFiniteError(
-            f"a log-probability is not a finite number on rank(s) {ranks}",
-            hint="look at the learning rate and the data; the gradients are as before this call",
-        )
-    return flat[: plan.num_slots]

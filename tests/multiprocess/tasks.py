@@ -49,7 +49,7 @@ def reduced_gradient(model: Any) -> dict[str, torch.Tensor] | None:
     shards = model._trainer.trained["default"].gradients.shards
     masters = [shard.master_Q.detach().clone() for shard in shards]
     for shard in shards:
-        shard.master_Q.copy_(shard.master_Q.grad)
+        shard.master_Q.copy_(shard.grad_Q)
         shard.write_parameters()
     gradient = model.get_state_dict()
     for shard, master in zip(shards, masters, strict=True):

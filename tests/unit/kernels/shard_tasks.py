@@ -35,9 +35,9 @@ def sharded_logprobs(head: str) -> dict[str, Any]:
     shard[: len(mine)] = mine
     place = {"first_row": first, "num_real": len(mine), "group": group}
     if head == "frozen":
-        logps = frozen_head_logprobs(hidden, shard, targets, **place)
+        logps, is_top = frozen_head_logprobs(hidden, shard, targets, **place)
     else:
         shard.requires_grad_()
-        logps = logprobs(hidden, lambda h: h @ shard.T, targets, num_rows=rows, **place)
+        logps, is_top = logprobs(hidden, lambda h: h @ shard.T, targets, num_rows=rows, **place)
     weighted_sum(logps).backward()
-    return {"logps": logps.detach(), "hidden": hidden.grad, "weight": shard.grad}
+    return {"logps": logps.detach(), "is_top": is_top, "hidden": hidden.grad, "weight": shard.grad}

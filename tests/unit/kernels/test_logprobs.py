@@ -37,7 +37,7 @@ def assert_same(ours, theirs):
 def test_a_frozen_head_gives_log_softmax_and_its_gradient(problem, monkeypatch, tokens_per_chunk):
     hidden, weight, targets = problem
     monkeypatch.setattr(module, "chunk_size", lambda rows: tokens_per_chunk)
-    ours = value_and_gradient(frozen_head_logprobs(hidden, weight, targets), hidden)
+    ours = value_and_gradient(frozen_head_logprobs(hidden, weight, targets)[0], hidden)
     assert_same(ours, value_and_gradient(naive(hidden, weight, targets), hidden))
 
 
@@ -46,7 +46,7 @@ def test_a_general_head_gives_log_softmax_and_all_gradients(problem, monkeypatch
     hidden, weight, targets = problem
     weight.requires_grad_()
     monkeypatch.setattr(module, "chunk_size", lambda rows: tokens_per_chunk)
-    logps = logprobs(hidden, lambda h: h @ weight.T, targets, num_rows=V)
+    logps, _ = logprobs(hidden, lambda h: h @ weight.T, targets, num_rows=V)
     ours = value_and_gradient(logps, hidden, weight)
     assert_same(ours, value_and_gradient(naive(hidden, weight, targets), hidden, weight))
 
@@ -55,16 +55,16 @@ def test_rows_of_padding_take_no_part(problem):
     hidden, weight, targets = problem
     padded = torch.cat([weight, torch.full((13, H), 50.0)])
     expected = value_and_gradient(naive(hidden, weight, targets), hidden)
-    frozen = frozen_head_logprobs(hidden, padded, targets, num_real=V)
+    frozen, _ = frozen_head_logprobs(hidden, padded, targets, num_real=V)
     assert_same(value_and_gradient(frozen, hidden), expected)
-    general = logprobs(hidden, lambda h: h @ padded.T, targets, num_rows=V + 13, num_real=V)
+    general, _ = logprobs(hidden, lambda h: h @ padded.T, targets, num_rows=V + 13, num_real=V)
     assert_same(value_and_gradient(general, hidden), expected)
 
 
 def test_without_gradients_nothing_is_kept(problem):
     hidden, weight, targets = problem
     with torch.no_grad():
-        logps = frozen_head_logprobs(hidden, weight, targets)
+        logps, _ = frozen_head_logprobs(hidden, weight, targets)
     assert not logps.requires_grad
     torch.testing.assert_close(
         logps, naive(hidden, weight, targets).detach(), rtol=0, atol=TOLERANCE
@@ -73,11 +73,40 @@ def test_without_gradients_nothing_is_kept(problem):
 
 def test_half_precision_hidden_states_give_float32_log_probabilities(problem):
     hidden, weight, targets = (x.bfloat16() if x.is_floating_point() else x for x in problem)
-    logps = frozen_head_logprobs(hidden, weight, targets)
+    logps, _ = frozen_head_logprobs(hidden, weight, targets)
     assert logps.dtype == torch.float32
     # The logits are rounded to bfloat16: 8 bits of values up to 16.
     expected = naive(hidden.float(), weight.float(), targets)
     torch.testing.assert_close(logps, expected, rtol=0, atol=0.1)
+
+
+def test_several_targets_a_token_give_their_log_softmax_and_all_gradients(problem):
+    hidden, weight, _ = problem
+    weight.requires_grad_()
+    targets = torch.randint(V, (len(hidden), 3), generator=torch.Generator().manual_seed(2))
+    ours, _ = logprobs(hidden, lambda h: h @ weight.T, targets, num_rows=V)
+    theirs = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets)
+    factors = torch.linspace(-1, 2, targets.numel()).view(targets.shape)
+    for a, b in zip(
+        torch.autograd.grad((ours * factors).sum(), (hidden, weight)),
+        torch.autograd.grad((theirs * factors).sum(), (hidden, weight)),
+        strict=True,
+    ):
+        # Three times as many terms add up as for one target.
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=3 * TOLERANCE)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=TOLERANCE)
+
+
+def test_a_head_says_whether_its_target_is_the_likeliest_token(problem):
+    hidden, weight, targets = problem
+    best = (hidden @ weight.T).argmax(-1)
+    targets = torch.where(torch.arange(len(targets)) % 2 == 0, best, targets)
+    expected = targets == best
+    assert expected.any()
+    assert not expected.all()
+    assert torch.equal(frozen_head_logprobs(hidden, weight, targets)[1], expected)
+    general = logprobs(hidden, lambda h: h @ weight.T, targets, num_rows=V)
+    assert torch.equal(general[1], expected)
 
 
 def test_a_chunk_of_logits_has_a_bounded_size():

@@ -19,6 +19,7 @@ def test_shards_together_give_log_softmax_and_its_gradients(size, head, ranks):
     reports = ranks.run(shard_tasks.sharded_logprobs, DeviceMesh(tp=size), head)
     for report in reports:
         torch.testing.assert_close(report["logps"], logps.detach(), rtol=1e-6, atol=2e-6)
+        assert torch.equal(report["is_top"], (hidden @ weight.T).argmax(-1) == targets)
     # Each rank's gradient for the hidden states is its shard's part; the caller adds them up.
     summed = sum(report["hidden"] for report in reports)
     torch.testing.assert_close(summed, gradients[0], rtol=1e-6, atol=2e-6)

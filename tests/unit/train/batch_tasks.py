@@ -15,19 +15,20 @@ def plan_all(cases: list[dict[str, Any]]) -> list[list[list[int]]]:
 def pack_all(batches: list[Any], **options: Any) -> list[dict[str, Any]]:
     """Return this rank's micro-batches of each batch, as lists, and the batch's slots."""
     from megatrain.train.batch import BatchPlan
-    from megatrain.train.datum import check_batch
+    from megatrain.train.datum import BatchRules, check_batch
 
     result = []
     for batch in batches:
-        data = check_batch(batch, vocab_size=512, train=False)
-        plan = BatchPlan(data, current_session().groups, **options)
+        rules = BatchRules(vocab_size=512)
+        data = check_batch(batch, rules)
+        plan = BatchPlan(data, current_session().groups, rules, **options)
         packs = [
             {
                 "ids": m.input_ids_1T[0].tolist(),
                 "positions": m.positions_1T[0].tolist(),
                 "index": m.label_index_N.tolist(),
                 "targets": m.targets_N.tolist(),
-                "weights": m.weights_N.tolist(),
+                "places": m.places_N.tolist(),
                 "slots": m.slots_N.tolist(),
                 "segments": [
                     (s.q_start, s.num_queries, s.k_start, s.num_keys) for s in m.packed.segments

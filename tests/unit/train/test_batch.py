@@ -83,12 +83,12 @@ def test_every_label_is_predicted_once_from_the_token_before_it(mesh, options, r
         found = {}
         for report in reports:
             for pack in report[number]["packs"]:
-                for i, target, weight, slot in zip(
-                    pack["index"], pack["targets"], pack["weights"], pack["slots"], strict=True
+                for i, target, place, slot in zip(
+                    pack["index"], pack["targets"], pack["places"], pack["slots"], strict=True
                 ):
                     if slot >= 0:
                         found[slot] = (pack["ids"][i], pack["positions"][i], target)
-                    assert weight == float(slot >= 0)
+                    assert (place >= 0) == (slot >= 0)
         assert found == expected
         assert {r[number]["num_labels"] for r in reports} == {num_labels(batch)}
         assert {r[number]["num_slots"] for r in reports} == {

@@ -1,0 +1,273 @@
+"""Losses, rewards, templates and the like by name: built in, registered, installed, or a file's."""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from megatrain.errors import ConfigError
+
+Kind = Literal[
+    "loss",
+    "metric",
+    "reward",
+    "advantage",
+    "preprocessor",
+    "filter",
+    "template",
+    "processor",
+    "patch",
+]
+
+BASES: Mapping[str, str] = {
+    "loss": "megatrain.train.loss:Loss",
+    "metric": "megatrain.rl.metric:Metric",
+    "reward": "megatrain.rl.reward:Reward",
+    "advantage": "megatrain.rl.advantage:Advantage",
+    "preprocessor": "megatrain.data.preprocessors.base:Preprocessor",
+    "filter": "megatrain.data.filters:Filter",
+    "template": "megatrain.data.template.base:Template",
+    "processor": "megatrain.data.input_processor:InputProcessor",
+    "patch": "megatrain.model.patch:Patch",
+}
+"""Base class of each kind, imported when something of that kind is asked for."""
+
+NOT_FUNCTIONS = ("template", "patch")
+"""Kinds with more than one method: a plain function cannot stand for them."""
+
+_PREPROCESSORS = "megatrain.data.preprocessors"
+
+BUILT_IN: Mapping[str, Mapping[str, str]] = {
+    "loss": {},
+    "metric": {},
+    "reward": {},
+    "advantage": {},
+    "preprocessor": {
+        "MessagesProcessor": f"{_PREPROCESSORS}.messages:MessagesProcessor",
+        "AlpacaProcessor": f"{_PREPROCESSORS}.alpaca:AlpacaProcessor",
+        "SelfCognitionProcessor": f"{_PREPROCESSORS}.self_cognition:SelfCognitionProcessor",
+        "GSM8KProcessor": f"{_PREPROCESSORS}.gsm8k:GSM8KProcessor",
+        "CountdownProcessor": f"{_PREPROCESSORS}.countdown:CountdownProcessor",
+        "PreferenceProcessor": f"{_PREPROCESSORS}.preference:PreferenceProcessor",
+        "TextProcessor": f"{_PREPROCESSORS}.text:TextProcessor",
+    },
+    "filter": {
+        "LengthFilter": "megatrain.data.filters:LengthFilter",
+        "EmptyFilter": "megatrain.data.filters:EmptyFilter",
+    },
+    "template": {"Template": "megatrain.data.template.base:Template"},
+    "processor": {"InputProcessor": "megatrain.data.input_processor:InputProcessor"},
+    "patch": {},
+}
+"""By kind: name -> "module:Name", imported when it is asked for."""
+
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in get_args(Kind)}
+
+
+def register[T](kind: Kind, name: str) -> Callable[[T], T]:
+    """Return a decorator that makes a class or function known as `name` in this process."""
+    _check_kind(kind)
+
+    def add(target: T) -> T:
+        _check_target(kind, target, name)
+        if name in BUILT_IN[kind]:
+            raise ConfigError(f"{name!r} is a built-in {kind}", hint="choose another name")
+        _registered[kind][name] = target
+        return target
+
+    return add
+
+
+def known_names(kind: Kind) -> list[str]:
+    """Return the names of `kind` that resolve() knows: built in, registered, installed."""
+    _check_kind(kind)
+    installed = {entry.name for entry in entry_points(group=f"megatrain.{kind}")}
+    return sorted({*BUILT_IN[kind], *_registered[kind], *installed})
+
+
+def resolve(kind: Kind, spec: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return the class, callable or instance of `kind` that `spec` says.
+
+    `spec` is one of
+    - a name: built in, registered, or an entry point of the group "megatrain.<kind>";
+    - "package.module:Name";
+    - "folder/file.py:Name", or "hf://owner/repository[/file.py]:Name" (ms:// for ModelScope; the
+      file is "<kind>.py" unless given): these run code that no one installed, and need
+      `trust_remote_code`;
+    - the thing itself.
+    A class must be a subclass of the kind's base class.  Raises ConfigError otherwise.
+    """
+    _check_kind(kind)
+    target = _find(kind, spec, trust_remote_code) if isinstance(spec, str) else spec
+    _check_target(kind, target, spec)
+    return target
+
+
+def build(
+    kind: Kind, spec: Any, options: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> Any:
+    """Resolve `spec` and give it its options: an instance of a class, or a bound function.
+
+    An option that it does not take is a ConfigError that names the nearest one.
+    """
+    target = resolve(kind, spec, trust_remote_code=trust_remote_code)
+    check_options(target, options, what=f"{kind} {_label(spec)}")
+    if inspect.isclass(target):
+        return target(**options)
+    return functools.partial(target, **options) if options else target
+
+
+def check_options(target: Any, options: Mapping[str, Any], *, what: str) -> None:
+    """Raise ConfigError unless the class or function `target` takes each of `options` by name."""
+    if not options:
+        return
+    if not inspect.isclass(target) and not inspect.isfunction(target):
+        raise ConfigError(f"{what} is built already, and takes no options {sorted(options)}")
+    parameters = inspect.signature(target).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [parameter.name for parameter in parameters if parameter.kind in by_name]
+    for option in options:
+        if option not in names:
+            raise ConfigError(
+                f"{what} has no option {option!r}; it has {', '.join(names) or 'none'}",
+                hint=nearest(option, names),
+            )
+
+
+def nearest(name: str, names: list[str]) -> str | None:
+    """Return a hint with the name that `name` may have meant, or None."""
+    by_lower = {known.lower(): known for known in names}
+    matches = get_close_matches(name.lower(), by_lower, n=1)
+    return f"did you mean {by_lower[matches[0]]!r}?" if matches else None
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in BASES:
+        raise ConfigError(f"unknown kind of plug-in {kind!r}; known: {', '.join(BASES)}")
+
+
+def _check_target(kind: str, target: Any, spec: Any) -> None:
+    base = _attribute(BASES[kind])
+    if isinstance(target, base) or (inspect.isclass(target) and issubclass(target, base)):
+        return
+    if inspect.isclass(target) or kind in NOT_FUNCTIONS or not callable(target):
+        allowed = "" if kind in NOT_FUNCTIONS else ", or a function"
+        raise ConfigError(
+            f"{kind} {_label(spec)} must be a subclass of {base.__module__}.{base.__name__}"
+            f"{allowed}, not {target!r}"
+        )
+
+
+def _label(spec: Any) -> str:
+    return spec if isinstance(spec, str) else getattr(spec, "__qualname__", repr(spec))
+
+
+def _find(kind: Kind, spec: str, trusted: bool) -> Any:
+    if spec in _registered[kind]:
+        return _registered[kind][spec]
+    if spec in BUILT_IN[kind]:
+        return _attribute(BUILT_IN[kind][spec])
+    place, _, name = spec.rpartition(":")
+    if not place or name.startswith("//"):
+        return _installed(kind, spec)
+    if "://" in place or place.endswith(".py"):
+        _require_trust(kind, spec, trusted)
+        path = _download(kind, place) if "://" in place else Path(place).expanduser()
+        return _member(_load_file(path), name, spec)
+    return _attribute(spec)
+
+
+def _installed(kind: Kind, spec: str) -> Any:
+    for entry in entry_points(group=f"megatrain.{kind}", name=spec):
+        return entry.load()
+    names = known_names(kind)
+    raise ConfigError(
+        f"unknown {kind} {spec!r}; known: {', '.join(names) or 'none'}",
+        hint=nearest(spec, names) or 'give "package.module:Name" for one of your own',
+    )
+
+
+def _require_trust(kind: Kind, spec: str, trusted: bool) -> None:
+    if not trusted:
+        raise ConfigError(
+            f"{kind} {spec!r} would run a file's code",
+            hint="read the file, then pass trust_remote_code=True",
+        )
+
+
+def _attribute(spec: str) -> Any:
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"cannot import {module_name!r} of {spec!r}: {error}") from error
+    return _member(module, name, spec)
+
+
+def _member(module: ModuleType, name: str, spec: str) -> Any:
+    target: Any = module
+    for part in name.split("."):
+        if not hasattr(target, part):
+            public = [known for known in vars(module) if not known.startswith("_")]
+            raise ConfigError(f"{spec!r}: there is no {name!r}", hint=nearest(name, public))
+        target = getattr(target, part)
+    return target
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own: the same file is the same module, changed or not."""
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}")
+    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    name = f"megatrain_plugin_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"not a Python file: {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _download(kind: Kind, place: str) -> Path:
+    """Return the local copy of the file that `place`, "hf://owner/repository[/file.py]", names."""
+    match = re.fullmatch(r"(hf|ms)://([^/]+/[^/]+)(?:/(.+\.py))?", place)
+    if match is None:
+        raise ConfigError(
+            f"{place!r} does not name a hub repository",
+            hint='"hf://owner/repository:Name" or "ms://owner/repository/file.py:Name"',
+        )
+    scheme, repository, file_name = match.groups()
+    package, function = _HUBS[scheme]
+    try:
+        download = getattr(importlib.import_module(package), function)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{scheme}:// needs the package {package}") from error
+    try:
+        return Path(download(repository, file_name or f"{kind}.py"))
+    except Exception as error:
+        raise ConfigError(f"cannot download {place!r}: {type(error).__name__}: {error}") from error
+
+
+_HUBS = {
+    "hf": ("huggingface_hub", "hf_hub_download"),
+    "ms": ("modelscope", "model_file_download"),
+}
+"""By scheme: package, and its function that takes (repository, file name) and returns a path."""

@@ -1,0 +1,1 @@
+"""Datasets: rows read, mapped, encoded, mixed, packed, and handed out in global batches."""

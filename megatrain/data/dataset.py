@@ -1,0 +1,347 @@
+"""A dataset: rows that are read, mapped, filtered, mixed and encoded, each step cached."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.config.plugins import build
+from megatrain.data.encoded import (
+    ENCODED_FEATURES,
+    Encode,
+    EncodedRows,
+    EncodeStep,
+    LazyRows,
+    as_row,
+    read_encoded,
+)
+from megatrain.data.fingerprint import fingerprint
+from megatrain.data.lazy_row import Row, Stopwatch
+from megatrain.data.meta import DatasetMeta
+from megatrain.data.mixing import Stopping, chain, mix
+from megatrain.data.origin import ROW, Origins
+from megatrain.data.rows import ROW_FEATURES, read_batch, read_row
+from megatrain.data.source import READ_ERRORS, Source
+from megatrain.data.statistics import DatasetStatistics
+from megatrain.data.steps import (
+    ON_ERROR,
+    FilterStep,
+    MapStep,
+    Preprocess,
+    PreprocessBatch,
+    RowFunction,
+)
+from megatrain.data.table import Table, run_filter, run_map
+from megatrain.errors import ConfigError, DataError, MegatrainError, StateError
+
+logger = logging.getLogger(__name__)
+
+
+class Dataset:
+    """Rows of one data set or several.  Methods change it in place and return it.
+
+    `set_template()` and `map()` may come in any order before `encode()`.  A row that cannot be
+    used raises DataError with its file and line; with `on_error="skip"` it is left out, and how
+    many were is logged.  With `streaming=True` rows are read, mapped and encoded as they are asked
+    for, in order; then it has no length.
+    """
+
+    def __init__(
+        self,
+        dataset_meta: DatasetMeta | str | Path | None = None,
+        streaming: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if on_error not in ON_ERROR:
+            raise ConfigError(f"on_error must be one of {ON_ERROR}: got {on_error!r}")
+        self.streaming = streaming
+        self.template: Any = None
+        self._on_error = on_error
+        self._origins = Origins()
+        self._source = Source(self._origins, streaming=streaming, on_error=on_error)
+        self._members: list[tuple[DatasetMeta, Table]] = []
+        self._encoded: EncodedRows | LazyRows | None = None
+        self._is_encoded = False
+        if dataset_meta is not None:
+            self.add_dataset(dataset_meta)
+
+    def add_dataset(self, dataset_meta: DatasetMeta | str | Path) -> Self:
+        """Read one more data set; its rows come after those that are there.
+
+        Raises DataError if it cannot be read, StateError after encode().
+        """
+        self._before_encode("add_dataset")
+        if not isinstance(dataset_meta, DatasetMeta):
+            dataset_meta = DatasetMeta(dataset_meta)
+        self._members.append((dataset_meta, self._source.read(dataset_meta)))
+        return self
+
+    def set_template(
+        self, template: Any, model_id: str | Path | None = None, **options: Any
+    ) -> Self:
+        """Choose the template that encode() uses: a name, a class or an instance.
+
+        A name or a class is built with `model_id` and `options`.  Raises ConfigError.
+        """
+        self._before_encode("set_template")
+        if model_id is not None:
+            options = {"model_id": str(model_id), **options}
+        self.template = build("template", template, options)
+        return self
+
+    def map(  # noqa: PLR0913 - the options of `datasets`
+        self,
+        preprocessor: Any,
+        load_from_cache_file: bool = True,
+        num_proc: int | None = None,
+        batched: bool = False,
+        dataset_meta: DatasetMeta | None = None,
+        **options: Any,
+    ) -> Self:
+        """Replace each row by `preprocessor(row)`; None leaves a row out.
+
+        `preprocessor` is a name, a class, an instance or a function; `options` go to a class or a
+        function.  With `batched` it takes a list of rows and returns one row or None for each.
+        `dataset_meta` limits it to one of several data sets.  Raises DataError, ConfigError.
+        """
+        self._before_encode("map")
+        function = build("preprocessor", preprocessor, options)
+        what = fingerprint("map", function, batched, self._on_error, self._origins.describe())
+        step: Any = MapStep(RowFunction(Preprocess(function), self._origins, self._on_error))
+        if batched:
+            step = PreprocessBatch(function, self._origins, self._on_error)
+        for index in self._indices(dataset_meta):
+            meta, table = self._members[index]
+            mapped = run_map(
+                table,
+                step,
+                ROW_FEATURES,
+                what=what,
+                description="mapping",
+                load_from_cache_file=load_from_cache_file,
+                num_proc=num_proc,
+            )
+            self._members[index] = meta, mapped
+            _log_dropped("map", table, mapped)
+        return self
+
+    def filter(
+        self,
+        filter: Any,
+        load_from_cache_file: bool = True,
+        num_proc: int | None = None,
+        dataset_meta: DatasetMeta | None = None,
+        **options: Any,
+    ) -> Self:
+        """Keep the rows for which `filter(row)` is true, before encode() or after it.
+
+        `filter` is a name, a class, an instance or a function, as for map().
+        """
+        if isinstance(self._encoded, LazyRows):
+            raise StateError("filter() comes before encode(lazy=True): nothing is encoded yet")
+        function = build("filter", filter, options)
+        read = read_encoded if self._is_encoded else read_batch
+        step = FilterStep(RowFunction(function, self._origins, self._on_error), read)
+        what = fingerprint("filter", function, self._on_error, self._origins.describe())
+        for index in self._indices(dataset_meta):
+            meta, table = self._members[index]
+            kept = run_filter(
+                table,
+                step,
+                what=what,
+                load_from_cache_file=load_from_cache_file,
+                num_proc=num_proc,
+            )
+            self._members[index] = meta, kept
+            _log_dropped("filter", table, kept)
+        if self._is_encoded and not self.streaming:
+            self._encoded = EncodedRows(self._table())
+        return self
+
+    def mix_dataset(
+        self,
+        weights: Sequence[float] | None = None,
+        seed: int = 42,
+        stopping: Stopping = "first_exhausted",
+    ) -> Self:
+        """Make one data set of those that were added.
+
+        With `weights`, one each, every row is drawn from a data set with that probability, until
+        the first data set has been used up, or until all have (the others start again).  Without
+        weights they follow each other whole, as they do where this is not called.
+        """
+        self._before_encode("mix_dataset")
+        table = mix([table for _, table in self._members], weights, seed, stopping)
+        self._members = [(self._members[0][0], table)]
+        return self
+
+    def encode(
+        self,
+        add_generation_prompt: bool = False,
+        batched: bool = False,
+        load_from_cache_file: bool = True,
+        num_proc: int | None = None,
+        lazy: bool = False,
+    ) -> Self:
+        """Turn each row into tokens with the template; messages, user_data and label are kept.
+
+        With `lazy` a row is encoded when it is asked for, and nothing is stored.  Raises
+        StateError without a template, DataError for a row that cannot be encoded.
+        """
+        self._before_encode("encode")
+        if self.template is None:
+            raise StateError("encode() needs a template", hint="call set_template() first")
+        encode = Encode(self.template, add_generation_prompt=add_generation_prompt)
+        function = RowFunction(encode, self._origins, self._on_error)
+        table = self._table()
+        if lazy and not self.streaming:
+            self._encoded = LazyRows(table, _EncodeStored(function, self._origins))
+        else:
+            mapped = run_map(
+                table,
+                EncodeStep(function),
+                ENCODED_FEATURES,
+                what=fingerprint("encode", encode, self._on_error, self._origins.describe()),
+                description="encoding",
+                load_from_cache_file=load_from_cache_file,
+                num_proc=num_proc,
+            )
+            _log_dropped("encode", table, mapped)
+            self._members = [(self._members[0][0], mapped)]
+            self._encoded = None if self.streaming else EncodedRows(mapped)
+        self._is_encoded = True
+        return self
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether encode() was called."""
+        return self._is_encoded
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each encoded row.  Raises StateError where they are not known."""
+        return self._sizes().lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """Digits that are the same wherever the same rows were made by the same steps."""
+        return fingerprint(*(getattr(table, "_fingerprint", "") for _, table in self._members))
+
+    def statistics(self) -> DatasetStatistics:
+        """Return the numbers of rows, tokens and labels and the distribution of lengths."""
+        rows = self._sizes()
+        limit = getattr(self.template, "max_length", None)
+        return DatasetStatistics.of(rows.lengths, rows.num_labels, max_length=limit)
+
+    def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
+        """Return encoded row `index` without reading its tokens yet."""
+        if self._encoded is None:
+            raise StateError("rows have tokens after encode()", hint="call encode() first")
+        return self._encoded.row(index, stopwatch)
+
+    def stream(self, seed: int | None = None, epoch: int = 0) -> Iterator[Row | dict[str, Any]]:
+        """Yield all rows in order, or, with `seed`, shuffled within a moving window of them."""
+        table = self._table()
+        if seed is not None:
+            table = table.shuffle(seed=[seed, epoch], **_window(self.streaming))
+        for stored in self._named_errors(table):
+            yield as_row(stored) if self._is_encoded else read_row(stored)[1]
+
+    def __len__(self) -> int:
+        if self.streaming:
+            raise TypeError("a dataset with streaming=True has no length before it is read")
+        if self._encoded is not None:
+            return len(self._encoded)
+        return sum(len(table) for _, table in self._members)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return row `index` as a new dict; after encode() with its tokens."""
+        if self.streaming:
+            raise StateError("a stream has no row numbers", hint="iterate over it")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} rows")
+        index %= len(self)
+        if self._is_encoded:
+            return dict(self.row(index))
+        return read_row(self._table()[index])[1]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.streaming:
+            yield from (self[index] for index in range(len(self)))
+            return
+        for row in self.stream():
+            yield dict(row)
+
+    def _table(self) -> Table:
+        if not self._members:
+            raise StateError("the dataset has no data yet", hint="call add_dataset() first")
+        if len(self._members) > 1:
+            self._members = [(self._members[0][0], chain(table for _, table in self._members))]
+        return self._members[0][1]
+
+    def _sizes(self) -> EncodedRows:
+        if not isinstance(self._encoded, EncodedRows):
+            raise StateError(
+                "lengths are known after encode(), without streaming and lazy",
+                hint="call encode() first",
+            )
+        return self._encoded
+
+    def _indices(self, meta: DatasetMeta | None) -> list[int]:
+        """Return which members a step is for."""
+        if not self._members:
+            raise StateError("the dataset has no data yet", hint="call add_dataset() first")
+        found = [index for index, (known, _) in enumerate(self._members) if meta in (None, known)]
+        if not found:
+            raise ConfigError(
+                f"{meta.describe() if meta else meta} was not added to this dataset",
+                hint=f"it has {', '.join(known.describe() for known, _ in self._members)}",
+            )
+        return found
+
+    def _before_encode(self, call: str) -> None:
+        if self._is_encoded:
+            raise StateError(f"{call}() comes before encode()", hint="make a new Dataset")
+
+    def _named_errors(self, table: Table) -> Iterator[Mapping[str, Any]]:
+        """Yield stored rows; an error of the reader, which knows no names, is given them."""
+        try:
+            yield from table
+        except MegatrainError:
+            raise
+        except READ_ERRORS as error:
+            raise find_own(error) or DataError(
+                f"cannot read {self._origins.names()}: {type(error).__name__}: {error}",
+                hint="read it without streaming=True to see which file it is",
+            ) from error
+
+
+class _EncodeStored:
+    """Encodes one stored row when it is asked for."""
+
+    def __init__(self, function: RowFunction, origins: Origins) -> None:
+        self._function, self._origins = function, origins
+
+    def __call__(self, stored: dict[str, Any]) -> dict[str, Any]:
+        number, row = read_row(stored)
+        encoded: dict[str, Any] | None = self._function(number, row)
+        if encoded is None:
+            raise DataError(
+                f"{self._origins.where(number)}: the template leaves this row out, which is not "
+                "possible once rows are numbered",
+                hint="call encode() without lazy=True",
+            )
+        return encoded
+
+
+def _log_dropped(call: str, before: Table, after: Table) -> None:
+    if isinstance(before, datasets.IterableDataset):
+        return
+    if len(after) < len(before):
+        logger.info("%s() left out %d of %d rows", call, len(before) - len(after), len(before))
+    if not len(after):
+        raise DataError(f"{call}() left out all of {len(before)} rows", hint="check its options")

@@ -1,0 +1,76 @@
+"""One row of a global batch: its sizes are known, its tokens are read when they are needed."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+
+class Stopwatch:
+    """Adds up the seconds spent in its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+class Row(Mapping[str, Any]):
+    """A datum as a mapping (megatrain.types.LazyRow), read once, on first access to its content.
+
+    `length` and `num_labels` are answered without reading.
+    """
+
+    __slots__ = ("_content", "_read", "_stopwatch", "key", "num_labels", "num_tokens")
+
+    def __init__(  # noqa: PLR0913 - what a row is
+        self,
+        read: Callable[[], Mapping[str, Any]],
+        *,
+        key: str,
+        num_tokens: int,
+        num_labels: int,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        self.key, self.num_tokens, self.num_labels = key, num_tokens, num_labels
+        self._read = read
+        self._stopwatch = stopwatch or Stopwatch()
+        self._content: Mapping[str, Any] | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its content is in memory."""
+        return self._content is not None
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "length":
+            return self.num_tokens
+        if name == "num_labels":
+            return self.num_labels
+        return self._whole()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole())
+
+    def __len__(self) -> int:
+        return len(self._whole())
+
+    def __repr__(self) -> str:
+        return f"Row(key={self.key!r}, num_tokens={self.num_tokens}, num_labels={self.num_labels})"
+
+    def _whole(self) -> Mapping[str, Any]:
+        if self._content is None:
+            with self._stopwatch:
+                self._content = self._read()
+        return self._content

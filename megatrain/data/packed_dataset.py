@@ -1,0 +1,136 @@
+"""A dataset whose rows are samples packed up to max_length, borders kept."""
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.data.dataset import Dataset
+from megatrain.data.encoded import EncodedRows, digest, key_text
+from megatrain.data.lazy_row import Row, Stopwatch
+from megatrain.data.packing import best_fit_decreasing
+from megatrain.data.statistics import DatasetStatistics
+from megatrain.errors import ConfigError, DataError, StateError
+from megatrain.types import IGNORED_LABEL
+
+
+class PackingDataset(Dataset):
+    """A Dataset that packs its encoded rows: call pack_dataset() after encode().
+
+    A packed row is {"input_ids", "labels", "position_ids", "lengths", "length", "num_labels"}:
+    positions start again at 0 with each sample, `lengths` are the samples' tokens, and a sample's
+    first token is never predicted.  Other columns (messages, user_data) are left out.  It is put
+    together when it is read; until then it is a list of row numbers.
+    """
+
+    _packed: "PackedRows | None" = None
+
+    def pack_dataset(self) -> Self:
+        """Pack the rows to the template's max_length, best fit, longest first.
+
+        Raises StateError before encode(), ConfigError for a stream, for lazy encoding and without
+        max_length, DataError for pairs of answers.
+        """
+        if not self.is_encoded:
+            raise StateError("pack_dataset() comes after encode()", hint="call encode() first")
+        if self.streaming or not isinstance(self._encoded, EncodedRows):
+            raise ConfigError(
+                "packing needs every row's length before the first is read",
+                hint="leave streaming=True and lazy=True out",
+            )
+        limit = getattr(self.template, "max_length", None)
+        if limit is None:
+            raise ConfigError(
+                "packing needs a length to pack to", hint="set_template(..., max_length=4096)"
+            )
+        self._packed = PackedRows(self._encoded, limit)
+        return self
+
+    def statistics(self) -> DatasetStatistics:
+        """Return the numbers of the packed rows with their fill rate."""
+        rows = self._rows()
+        return DatasetStatistics.of(
+            rows.lengths,
+            rows.num_labels,
+            max_length=rows.max_length,
+            num_samples=rows.num_samples,
+        )
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each packed row."""
+        return self._rows().lengths
+
+    def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
+        """Return packed row `index` without reading its tokens yet."""
+        return self._rows().row(index, stopwatch)
+
+    def __len__(self) -> int:
+        return super().__len__() if self._packed is None else len(self._packed)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return row `index` as a new dict, put together."""
+        if self._packed is None and self.is_encoded:
+            self._rows()
+        return super().__getitem__(index)
+
+    def filter(self, *args: Any, **options: Any) -> Self:
+        """Filter as Dataset.filter() does; before pack_dataset() only."""
+        if self._packed is not None:
+            raise StateError("filter() comes before pack_dataset()", hint="make a new dataset")
+        return super().filter(*args, **options)
+
+    def _rows(self) -> "PackedRows":
+        if self._packed is None:
+            raise StateError("the rows are not packed yet", hint="call pack_dataset()")
+        return self._packed
+
+
+class PackedRows:
+    """Groups of encoded rows, in Compressed Sparse Row form: one vector of numbers, one of starts."""
+
+    def __init__(self, rows: EncodedRows, max_length: int) -> None:
+        groups = best_fit_decreasing(rows.lengths, max_length)
+        self.max_length = max_length
+        self._samples = rows
+        self._order = np.concatenate(groups) if groups else np.zeros(0, dtype=np.int64)
+        self._starts = np.cumsum([0, *(len(group) for group in groups)])
+        self.lengths = np.add.reduceat(rows.lengths[self._order], self._starts[:-1])
+        self.num_labels = np.add.reduceat(rows.num_labels[self._order], self._starts[:-1])
+
+    @property
+    def num_samples(self) -> int:
+        """Encoded rows in all packed rows."""
+        return len(self._order)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
+        """Return packed row `index`, not yet read."""
+        numbers = self._order[self._starts[index] : self._starts[index + 1]]
+        return Row(
+            lambda: self._join(numbers),
+            key=key_text(digest(self._samples.keys[number].tobytes() for number in numbers)),
+            num_tokens=int(self.lengths[index]),
+            num_labels=int(self.num_labels[index]),
+            stopwatch=stopwatch,
+        )
+
+    def _join(self, numbers: npt.NDArray[np.int64]) -> dict[str, Any]:
+        joined: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": [], "lengths": []}
+        for number in numbers.tolist():
+            sample = self._samples.row(number)
+            if "input_ids" not in sample:
+                raise DataError(
+                    f"only rows with input_ids can be packed: row {number} has {sorted(sample)}",
+                    hint="pairs of answers are packed by the trainer: use Dataset",
+                )
+            ids = sample["input_ids"]
+            joined["input_ids"] += ids
+            joined["labels"] += [IGNORED_LABEL, *sample.get("labels", ids)[1:]]
+            joined["position_ids"] += range(len(ids))
+            joined["lengths"].append(len(ids))
+        sizes = {"length": len(joined["input_ids"])}
+        count = sum(label != IGNORED_LABEL for label in joined["labels"])
+        return {**joined, **sizes, "num_labels": count}

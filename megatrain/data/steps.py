@@ -1,0 +1,147 @@
+"""What `datasets` calls for each batch of rows: it runs one function a row and names bad rows."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatrain.data.origin import ROW, Origins
+from megatrain.data.rows import JSON, is_empty, read_batch, to_json
+from megatrain.errors import DataError, MegatrainError
+
+logger = logging.getLogger(__name__)
+
+ON_ERROR = ("raise", "skip")
+
+ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
+"""What a function raises for a row that is not what it expects."""
+
+_SKIP = "or leave such rows out with Dataset(..., on_error='skip')"
+
+
+class RowFunction:
+    """Calls a function with one row at a time; an error names the file and the row."""
+
+    def __init__(self, function: Callable[..., Any], origins: Origins, on_error: str) -> None:
+        self._function, self._origins, self._on_error = function, origins, on_error
+
+    def __call__(self, number: int, row: Any) -> Any:
+        """Return the function's value for a row; None where a bad row is to be skipped.
+
+        Raises DataError.
+        """
+        try:
+            return self._call(number, row)
+        except DataError as error:
+            if self._on_error == "raise":
+                raise
+            logger.debug("%s", error)
+            return None
+
+    def _call(self, number: int, row: Any) -> Any:
+        where = self._origins.where(number)
+        if isinstance(row, Mapping) and is_empty(row):
+            raise DataError(f"{where}: the row is empty", hint=f"remove it, {_SKIP}")
+        try:
+            return self._function(row)
+        except DataError as error:
+            hint = error.hint or "correct or remove the row"
+            raise DataError(f"{where}: {error.message}", hint=f"{hint}; {_SKIP}") from error
+        except MegatrainError:
+            raise
+        except KeyError as error:
+            raise DataError(
+                f"{where}: the row has no column {error}; it has {sorted(row)}",
+                hint=f"use the preprocessor for these columns, or rename them, {_SKIP}",
+            ) from error
+        except ROW_ERRORS as error:
+            raise DataError(
+                f"{where}: {type(error).__name__}: {error}; the row has {sorted(row)}",
+                hint=f"correct or remove the row, {_SKIP}",
+            ) from error
+
+
+class MapStep:
+    """Replaces each row by what a preprocessor returns; None leaves the row out."""
+
+    def __init__(self, function: RowFunction) -> None:
+        self._function = function
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return the new rows, as JSON, with their numbers."""
+        texts, numbers = [], []
+        for number, row in read_batch(batch):
+            text = self._function(number, row)
+            if text is not None:
+                texts.append(text)
+                numbers.append(number)
+        return {JSON: texts, ROW: numbers}
+
+
+class Preprocess:
+    """A preprocessor whose result is checked and made JSON."""
+
+    def __init__(self, preprocessor: Callable[[dict[str, Any]], Any]) -> None:
+        self._preprocessor = preprocessor
+
+    def __call__(self, row: dict[str, Any]) -> str | None:
+        """Return the new row as JSON, None to leave it out."""
+        return standard_json(self._preprocessor(row))
+
+
+class PreprocessBatch:
+    """A preprocessor that is called with a list of rows, and returns a row or None for each."""
+
+    def __init__(
+        self, preprocessor: Callable[[list[dict[str, Any]]], Any], origins: Origins, on_error: str
+    ) -> None:
+        self._preprocessor = preprocessor
+        self._to_json = RowFunction(standard_json, origins, on_error)
+        self._origins = origins
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return the new rows, as JSON, with their numbers."""
+        numbers, rows = zip(*read_batch(batch), strict=True)
+        where = f"{self._origins.where(numbers[0])} to {self._origins.where(numbers[-1])}"
+        try:
+            results = list(self._preprocessor(list(rows)))
+        except ROW_ERRORS as error:
+            raise DataError(
+                f"{where}: {type(error).__name__}: {error}",
+                hint="without batched=True the row itself is named",
+            ) from error
+        if len(results) != len(rows):
+            raise DataError(
+                f"{where}: a batched preprocessor must return a row or None for each of "
+                f"{len(rows)} rows: got {len(results)}",
+                hint="leave batched=True out for a function of one row",
+            )
+        pairs = [
+            (self._to_json(number, result), number)
+            for number, result in zip(numbers, results, strict=True)
+            if result is not None
+        ]
+        kept = [(text, number) for text, number in pairs if text is not None]
+        return {JSON: [text for text, _ in kept], ROW: [number for _, number in kept]}
+
+
+def standard_json(result: Any) -> str | None:
+    """Return a preprocessor's result as JSON, None to leave the row out.  Raises DataError."""
+    if result is None:
+        return None
+    if not isinstance(result, Mapping):
+        raise DataError(
+            f"a preprocessor must return a row (a mapping) or None: got {type(result).__name__}",
+            hint="return {'messages': [...]}",
+        )
+    return to_json(result)
+
+
+class FilterStep:
+    """Says for each row whether a filter keeps it; a bad row that is skipped is not kept."""
+
+    def __init__(self, function: RowFunction, read: Callable[..., Any] = read_batch) -> None:
+        self._function, self._read = function, read
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> list[bool]:
+        """Return a bool for each row."""
+        return [bool(self._function(number, row)) for number, row in self._read(batch)]

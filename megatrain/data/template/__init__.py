@@ -1,0 +1,1 @@
+"""Conversations to tokens and labels, by the tokenizer's own chat template."""
