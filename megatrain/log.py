@@ -23,3 +23,15 @@ def setup_logging(level: str | None = None) -> None:
     )
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def get_logger(name: str = "main") -> logging.Logger:
+    """Return a logger under `megatrain`, set up; ranks other than 0 say warnings and errors only.
+
+    A script that every rank runs thereby says each thing once.
+    """
+    setup_logging()
+    logger = logging.getLogger(f"megatrain.script.{name}")
+    if int(os.environ.get("RANK", "0")) > 0:
+        logger.setLevel(logging.WARNING)
+    return logger

@@ -6,6 +6,7 @@ from typing import Any
 from megatrain.config.plugins import build
 from megatrain.data.input_processor import InputProcessor
 from megatrain.errors import DataError
+from megatrain.types import LazyRow
 
 
 class Inputs:
@@ -33,7 +34,9 @@ class Inputs:
         return self.processor([self._encode(index, row) for index, row in enumerate(rows)])
 
     def _encode(self, index: int, row: Any) -> Any:
-        if not isinstance(row, Mapping) or "messages" not in row or "input_ids" in row:
+        if isinstance(row, LazyRow) or not isinstance(row, Mapping):
+            return row  # asking it what it has would read it
+        if "messages" not in row or "input_ids" in row:
             return row
         if self.template is None:
             raise DataError(

@@ -11,12 +11,14 @@ from megatrain.api.session import Session
 from megatrain.checkpoint.locate import locate
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
+from megatrain.config.plugins import build
 from megatrain.errors import ConfigError, ExportError, StateError
 from megatrain.export.gather import gather
 from megatrain.export.save import save_adapter, save_checkpoint
 from megatrain.export.skeleton import Skeleton
 from megatrain.model.base import base_slices
 from megatrain.model.network import Network, build_network
+from megatrain.model.patch import apply_to_model
 from megatrain.platforms.choose import prepare
 from megatrain.train.losses.make import make_loss
 from megatrain.train.step import BASE, Trainer
@@ -56,6 +58,11 @@ def add_adapter(
 def set_loss(trainer: Trainer, name: str, spec: Any, options: dict[str, Any]) -> None:
     """Choose an adapter's loss."""
     trainer.set_loss(name, make_loss(spec, options))
+
+
+def apply_patch(trainer: Trainer, spec: Any, options: dict[str, Any]) -> bool:
+    """Apply a user's patch to this rank's part of the model."""
+    return bool(apply_to_model([build("patch", spec, options)], trainer.network.chunks))
 
 
 def _check_exportable(network: Network, spec: LoraSpec) -> None:

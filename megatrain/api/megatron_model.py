@@ -126,6 +126,13 @@ class MegatronModel:
         inputs = self._inputs[self._name(adapter_name)]
         inputs.set_template(template_cls, model_id or self.model_id, options)
 
+    def apply_patch(self, patch_cls: Any, **options: Any) -> bool:
+        """Make a named change to the model if it applies; tell whether it did.
+
+        `patch_cls` is a name or a subclass of Patch.  Every rank must call it.
+        """
+        return self._engine.apply_patch(self._trainer, patch_cls, options)
+
     def forward_backward(
         self,
         *,
@@ -207,7 +214,7 @@ class MegatronModel:
         """Return metrics of the training calls since the last time, and start anew.
 
         Keys: loss, what the loss reports (token_accuracy among it), tokens, label_tokens,
-        tokens_per_second, and, once known, lr, grad_norm, step.
+        tokens_per_second, step, and, of the last step, lr and grad_norm.
         """
         name = self._name(adapter_name)
         if not is_training:
@@ -217,8 +224,8 @@ class MegatronModel:
             )
         trained = self._trainer.trained[name]
         result = self._metrics[name].take()
-        if trained.optimizer is not None:
-            result["lr"] = float(trained.optimizer.param_groups[0]["lr"])
+        if trained.last_lr is not None:
+            result["lr"] = trained.last_lr
         result["step"] = float(trained.step)
         return result
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from megatrain.config.loss_names import LOSSES
 from megatrain.errors import ConfigError
 
 Kind = Literal[
@@ -47,7 +48,7 @@ NOT_FUNCTIONS = ("template", "patch")
 _PREPROCESSORS = "megatrain.data.preprocessors"
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
-    "loss": {},
+    "loss": LOSSES,
     "metric": {},
     "reward": {},
     "advantage": {},
@@ -158,7 +159,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _check_target(kind: str, target: Any, spec: Any) -> None:
-    base = _attribute(BASES[kind])
+    base = attribute(BASES[kind])
     if isinstance(target, base) or (inspect.isclass(target) and issubclass(target, base)):
         return
     if inspect.isclass(target) or kind in NOT_FUNCTIONS or not callable(target):
@@ -177,15 +178,15 @@ def _find(kind: Kind, spec: str, trusted: bool) -> Any:
     if spec in _registered[kind]:
         return _registered[kind][spec]
     if spec in BUILT_IN[kind]:
-        return _attribute(BUILT_IN[kind][spec])
+        return attribute(BUILT_IN[kind][spec])
     place, _, name = spec.rpartition(":")
     if not place or name.startswith("//"):
         return _installed(kind, spec)
     if "://" in place or place.endswith(".py"):
         _require_trust(kind, spec, trusted)
-        path = _download(kind, place) if "://" in place else Path(place).expanduser()
-        return _member(_load_file(path), name, spec)
-    return _attribute(spec)
+        path = download(place, f"{kind}.py") if "://" in place else Path(place).expanduser()
+        return member(load_file(path), name)
+    return attribute(spec)
 
 
 def _installed(kind: Kind, spec: str) -> Any:
@@ -204,70 +205,3 @@ def _require_trust(kind: Kind, spec: str, trusted: bool) -> None:
             f"{kind} {spec!r} would run a file's code",
             hint="read the file, then pass trust_remote_code=True",
         )
-
-
-def _attribute(spec: str) -> Any:
-    module_name, _, name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"cannot import {module_name!r} of {spec!r}: {error}") from error
-    return _member(module, name, spec)
-
-
-def _member(module: ModuleType, name: str, spec: str) -> Any:
-    target: Any = module
-    for part in name.split("."):
-        if not hasattr(target, part):
-            public = [known for known in vars(module) if not known.startswith("_")]
-            raise ConfigError(f"{spec!r}: there is no {name!r}", hint=nearest(name, public))
-        target = getattr(target, part)
-    return target
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own: the same file is the same module, changed or not."""
-    if not path.is_file():
-        raise ConfigError(f"no such file: {path}")
-    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
-    name = f"megatrain_plugin_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"not a Python file: {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _download(kind: Kind, place: str) -> Path:
-    """Return the local copy of the file that `place`, "hf://owner/repository[/file.py]", names."""
-    match = re.fullmatch(r"(hf|ms)://([^/]+/[^/]+)(?:/(.+\.py))?", place)
-    if match is None:
-        raise ConfigError(
-            f"{place!r} does not name a hub repository",
-            hint='"hf://owner/repository:Name" or "ms://owner/repository/file.py:Name"',
-        )
-    scheme, repository, file_name = match.groups()
-    package, function = _HUBS[scheme]
-    try:
-        download = getattr(importlib.import_module(package), function)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{scheme}:// needs the package {package}") from error
-    try:
-        return Path(download(repository, file_name or f"{kind}.py"))
-    except Exception as error:
-        raise ConfigError(f"cannot download {place!r}: {type(error).__name__}: {error}") from error
-
-
-_HUBS = {
-    "hf": ("huggingface_hub", "hf_hub_download"),
-    "ms": ("modelscope", "model_file_download"),
-}
-"""By scheme: package, and its function that takes (repository, file name) and returns a path."""

@@ -48,7 +48,9 @@ def attach(
 
 def check_load(result: Any) -> None:
     """Raise ExportError unless PEFT's load result says that every weight was found and used."""
-    missing = sorted(key for key in result.missing_keys if "lora_" in key)
+    missing = sorted(
+        key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key
+    )
     if result.unexpected_keys:
         raise ExportError(
             f"PEFT would drop {len(result.unexpected_keys)} weight(s) without a word: "
@@ -57,7 +59,7 @@ def check_load(result: Any) -> None:
         )
     if missing:
         raise ExportError(
-            f"{len(missing)} LoRA weight(s) that the config asks for are not in the file: "
+            f"{len(missing)} weight(s) that the config asks for are not in the file: "
             f"{', '.join(missing[:5])}",
             hint="target exactly the modules that have weights",
         )

@@ -11,7 +11,12 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -49,8 +54,10 @@ class Place:
 class Skeleton:
     """A Transformers model on the meta device."""
 
-    def __init__(self, hf_config: PretrainedConfig | dict[str, Any]) -> None:
-        self.model = _build(hf_config)
+    def __init__(
+        self, hf_config: PretrainedConfig | dict[str, Any], *, has_score: bool = False
+    ) -> None:
+        self.model = _build(hf_config, has_score=has_score)
         entries = get_model_conversion_mapping(self.model)
         self._renamings = [each for each in entries if isinstance(each, WeightRenaming)]
         self._converters = [each for each in entries if isinstance(each, WeightConverter)]
@@ -131,13 +138,17 @@ def _merges_experts(converter: WeightConverter) -> bool:
     return any(isinstance(each, MergeModulelist) for each in converter.operations)
 
 
-def _build(hf_config: PretrainedConfig | dict[str, Any]) -> nn.Module:
+def _build(hf_config: PretrainedConfig | dict[str, Any], *, has_score: bool) -> nn.Module:
     if isinstance(hf_config, dict):
         config = AutoConfig.for_model(**hf_config)
     else:
         config = copy.deepcopy(hf_config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if has_score:
+        config.num_labels = 1
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
     name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
     architecture = getattr(transformers, name, AutoModelForCausalLM)
     build = getattr(architecture, "_from_config", None) or AutoModelForCausalLM.from_config

@@ -65,7 +65,7 @@ class Objective:
         sums = [float(found[name][0]) for name in self.names]
         counts = [float(found[name][1]) for name in self.names]
         return torch.tensor(
-            [float(value), *sums, *counts], dtype=torch.float64, device=rows_RM.device
+            [float(value.detach()), *sums, *counts], dtype=torch.float64, device=rows_RM.device
         )
 
     def _loss_batch(self, rows_RM: Tensor, batch: MicroBatch) -> LossBatch:

@@ -47,7 +47,13 @@ class Trained:
     num_passes: int = 0
     """Passes since the last step: they decide, with the step, what dropout draws."""
     optimizer: torch.optim.Optimizer | None = None
+    optimizer_choice: tuple[str, dict[str, Any]] | None = None
+    """Kind and options, as set_optimizer got them."""
     schedule: torch.optim.lr_scheduler.LambdaLR | None = None
+    schedule_choice: tuple[str, dict[str, Any]] | None = None
+    """Kind and options, as set_schedule got them."""
+    last_lr: float | None = None
+    """Learning rate of the last step."""
     num_calls: int = 0
     """Calls of clip_grad_and_step since the last real step."""
     step: int = 0
@@ -88,7 +94,8 @@ class Trainer:
             )
         trained = self.trained[name]
         trained.optimizer = make_optimizer(kind, trained.gradients, options)
-        trained.schedule = None
+        trained.optimizer_choice = kind, dict(options)
+        trained.schedule = trained.schedule_choice = None
 
     def train_base(self, kind: str, options: dict[str, Any]) -> None:
         """Start to train all of the base with this optimizer, or change nothing."""
@@ -100,6 +107,7 @@ class Trainer:
         """Choose the learning rate schedule of an adapter."""
         trained = self.trained[name]
         trained.schedule = make_schedule(kind, self._optimizer(name), options)
+        trained.schedule_choice = kind, dict(options)
 
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         optimizer = self.trained[name].optimizer
@@ -246,6 +254,7 @@ class Trainer:
         trained, optimizer = self.trained[name], self._optimizer(name)
         if not trained.gradients.is_reduced:
             self.clip_grad_norm(name, math.inf)
+        trained.last_lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         for shard in trained.gradients.shards:
             shard.write_parameters()
