@@ -14,8 +14,11 @@ from megatrain.config.model import ModelConfig
 from megatrain.config.plugins import build
 from megatrain.errors import ConfigError, ExportError, StateError
 from megatrain.export.gather import gather
-from megatrain.export.save import save_adapter, save_checkpoint
+from megatrain.export.save import finish_save, save_adapter, save_checkpoint
 from megatrain.export.skeleton import Skeleton
+from megatrain.export.state.collect import collect
+from megatrain.export.state.folder import State
+from megatrain.export.state.restore import check_fits, open_state, restore
 from megatrain.model.base import base_slices
 from megatrain.model.network import Network, build_network
 from megatrain.model.patch import apply_to_model
@@ -91,21 +94,71 @@ def state_dict(trainer: Trainer, name: str) -> dict[str, Any] | None:
     return gather(slices, network.groups)
 
 
-def save(trainer: Trainer, name: str, directory: Path, model_id: str) -> None:
-    """Write an adapter as a PEFT directory, or the base as a checkpoint.  Collective."""
+def save(
+    trainer: Trainer,
+    name: str,
+    directory: Path,
+    model_id: str,
+    *,
+    save_optimizer: bool = False,
+    consumed_train_samples: int | None = None,
+    background: bool = False,
+) -> None:
+    """Write an adapter as a PEFT directory, or the base as a checkpoint.  Collective.
+
+    With the optimizer or a data position, a training state goes into its subfolder `state`.
+    """
     network = trainer.network
-    if name == BASE:
-        if directory.resolve() == network.folder.resolve():
-            raise ExportError(
-                f"the checkpoint that is being trained must not be replaced: {directory}",
-                hint="save to another folder",
-            )
-        save_checkpoint(directory, network.table, network.groups, folder=network.folder)
-    else:
-        save_adapter(
-            directory,
-            network.adapters[name],
-            network.groups,
-            base_model=model_id,
-            folder=network.folder,
+    if name == BASE and directory.resolve() == network.folder.resolve():
+        raise ExportError(
+            f"the checkpoint that is being trained must not be replaced: {directory}",
+            hint="save to another folder",
         )
+    state = None
+    if save_optimizer or consumed_train_samples is not None:
+        collected = collect(
+            trainer,
+            name,
+            base_model=model_id,
+            consumed_train_samples=consumed_train_samples,
+            with_optimizer=save_optimizer,
+        )
+        state = State(*collected)
+    more: dict[str, Any] = {"folder": network.folder, "state": state, "background": background}
+    if name == BASE:
+        save_checkpoint(directory, network.table, network.groups, **more)
+    else:
+        adapter = network.adapters[name]
+        save_adapter(directory, adapter, network.groups, base_model=model_id, **more)
+
+
+def wait_for_save(trainer: Trainer) -> None:
+    """Wait for a save in the background.  Raises ExportError if it failed.  Collective."""
+    finish_save(trainer.network.groups)
+
+
+def resume(
+    trainer: Trainer, name: str | None, checkpoint: Path, *, use_previous: bool = False
+) -> dict[str, Any]:
+    """Go on from a saved training state; return step and data position.  Collective.
+
+    What is not there yet is made as it was saved: adapter, optimizer, schedule.
+    """
+    checkpoint, record = open_state(checkpoint, trainer.network.groups, use_previous=use_previous)
+    if name is None:
+        known = trainer.trained
+        name = record.adapter if record.adapter in known or not known else next(iter(known))
+    check_fits(trainer, name, record)
+    if name not in trainer.trained:
+        if record.lora is None:
+            trainer.add(BASE, accumulation_steps=record.accumulation_steps)
+        else:
+            add_adapter(
+                trainer,
+                name,
+                LoraSpec.from_any(record.lora),
+                seed=record.seed,
+                accumulation_steps=record.accumulation_steps,
+            )
+    restore(trainer, name, checkpoint, record)
+    return {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}

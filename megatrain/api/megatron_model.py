@@ -253,17 +253,62 @@ class MegatronModel:
         return self._engine.state_dict(self._trainer, self._name(adapter_name))
 
     def save(
-        self, name: str, output_dir: str | Path = "output", *, adapter_name: str | None = None
+        self,
+        name: str,
+        output_dir: str | Path = "output",
+        save_optimizer: bool = False,
+        consumed_train_samples: int | None = None,
+        *,
+        adapter_name: str | None = None,
+        background: bool = False,
     ) -> str:
         """Write what is trained to `output_dir/name`, verify it, return its path.  Collective.
 
         An adapter becomes a PEFT directory; a model that is trained as a whole, a Hugging Face
-        checkpoint.  Raises ExportError, and leaves what was there before, if the file does not
-        hold what was trained.
+        checkpoint.  `save_optimizer` adds all that `resume_from_checkpoint` needs, on any layout,
+        in the subfolder `state`; `consumed_train_samples` is kept there for it.  With `background`
+        files are written while training goes on; the next save, `wait_for_save` and the end of the
+        process wait for them.
+
+        Raises ExportError, and leaves what was there before, if the file does not hold what was
+        trained; also for a save in the background that failed before.
         """
         directory = Path(output_dir) / name
-        self._engine.save(self._trainer, self._name(adapter_name), directory, self.model_id)
+        self._engine.save(
+            self._trainer,
+            self._name(adapter_name),
+            directory,
+            self.model_id,
+            save_optimizer=save_optimizer,
+            consumed_train_samples=consumed_train_samples,
+            background=background,
+        )
         return str(directory)
+
+    def wait_for_save(self) -> None:
+        """Wait for a save in the background.  Raises ExportError if it failed.  Collective."""
+        self._engine.wait_for_save(self._trainer)
+
+    def resume_from_checkpoint(
+        self,
+        resume_from_checkpoint: str | Path,
+        *,
+        adapter_name: str | None = None,
+        use_previous: bool = False,
+    ) -> dict[str, Any]:
+        """Go on from what `save(save_optimizer=True)` wrote, on any layout.  Collective.
+
+        Returns cur_step, the steps taken, and consumed_train_samples (None if it was not given).
+        Adapter, optimizer and schedule are made as they were saved unless they are set already;
+        then they must be of the same kind, and options set here count.
+
+        Raises CheckpointError, before anything has changed, for a file that is missing, cut short
+        or altered, another base model or other LoRA options; with `use_previous`, damage means
+        that the complete checkpoint before it in the same folder is taken, with a warning.
+        Raises ConfigError for an optimizer or schedule of another kind.
+        """
+        path = Path(resume_from_checkpoint)
+        return self._engine.resume(self._trainer, adapter_name, path, use_previous=use_previous)
 
     def _name(self, adapter_name: str | None) -> str:
         """Return the adapter that is meant: the first one if none is named, or the base."""

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from megatrain import __version__
 from megatrain.cli import doctor
 from megatrain.cli.bench import command as bench
+from megatrain.cli.data import command as data
 from megatrain.cli.quickstart import command as quickstart
 from megatrain.errors import MegatrainError
 
-COMMANDS = (quickstart, bench, doctor)
+COMMANDS = (quickstart, data, bench, doctor)
 """Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
 
 

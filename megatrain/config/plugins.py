@@ -1,20 +1,15 @@
 """Losses, rewards, templates and the like by name: built in, registered, installed, or a file's."""
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import re
-import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
 from megatrain.config.loss_names import LOSSES
+from megatrain.config.plugin_code import attribute, download, load_file, member
 from megatrain.errors import ConfigError
 
 Kind = Literal[
@@ -49,9 +44,28 @@ _PREPROCESSORS = "megatrain.data.preprocessors"
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "loss": LOSSES,
-    "metric": {},
-    "reward": {},
-    "advantage": {},
+    "metric": {
+        "CompletionRewardMetric": "megatrain.rl.metrics.completion:CompletionRewardMetric",
+        "GradNormMetric": "megatrain.rl.metrics.training:GradNormMetric",
+        "LossMetric": "megatrain.rl.metrics.training:LossMetric",
+        "ThroughputMetric": "megatrain.rl.metrics.speed:ThroughputMetric",
+        "TokenAccuracyMetric": "megatrain.rl.metrics.training:TokenAccuracyMetric",
+    },
+    "reward": {
+        "AccuracyReward": "megatrain.rl.rewards.accuracy:AccuracyReward",
+        "CountdownReward": "megatrain.rl.rewards.countdown:CountdownReward",
+        "FormatReward": "megatrain.rl.rewards.format:FormatReward",
+        "GSM8KAccuracyReward": "megatrain.rl.rewards.accuracy:GSM8KAccuracyReward",
+        "GSM8KFormatReward": "megatrain.rl.rewards.accuracy:GSM8KFormatReward",
+    },
+    "advantage": {
+        "GAEAdvantage": "megatrain.rl.advantages.gae:GAEAdvantage",
+        "GRPOAdvantage": "megatrain.rl.advantages.group:GRPOAdvantage",
+        "RLOOAdvantage": "megatrain.rl.advantages.group:RLOOAdvantage",
+        "ReinforcePlusPlusAdvantage": (
+            "megatrain.rl.advantages.reinforce:ReinforcePlusPlusAdvantage"
+        ),
+    },
     "preprocessor": {
         "MessagesProcessor": f"{_PREPROCESSORS}.messages:MessagesProcessor",
         "AlpacaProcessor": f"{_PREPROCESSORS}.alpaca:AlpacaProcessor",
@@ -118,13 +132,22 @@ def build(
 ) -> Any:
     """Resolve `spec` and give it its options: an instance of a class, or a bound function.
 
-    An option that it does not take is a ConfigError that names the nearest one.
+    An option that it does not take is a ConfigError that names the nearest one; so is one that it
+    needs and does not get.
     """
     target = resolve(kind, spec, trust_remote_code=trust_remote_code)
-    check_options(target, options, what=f"{kind} {_label(spec)}")
-    if inspect.isclass(target):
-        return target(**options)
-    return functools.partial(target, **options) if options else target
+    what = f"{kind} {_label(spec)}"
+    check_options(target, options, what=what)
+    if not inspect.isclass(target):
+        return functools.partial(target, **options) if options else target
+    for name, parameter in inspect.signature(target).parameters.items():
+        needed = parameter.default is inspect.Parameter.empty and parameter.kind in _BY_NAME
+        if needed and name not in options:
+            raise ConfigError(f"{what} needs the option {name!r}")
+    return target(**options)
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def check_options(target: Any, options: Mapping[str, Any], *, what: str) -> None:
@@ -136,8 +159,7 @@ def check_options(target: Any, options: Mapping[str, Any], *, what: str) -> None
     parameters = inspect.signature(target).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [parameter.name for parameter in parameters if parameter.kind in by_name]
+    names = [parameter.name for parameter in parameters if parameter.kind in _BY_NAME]
     for option in options:
         if option not in names:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """A dataset: rows that are read, mapped, filtered, mixed and encoded, each step cached."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,10 +20,11 @@ from megatrain.data.encoded import (
     read_encoded,
 )
 from megatrain.data.fingerprint import fingerprint
+from megatrain.data.json_files import find_own
 from megatrain.data.lazy_row import Row, Stopwatch
 from megatrain.data.meta import DatasetMeta
 from megatrain.data.mixing import Stopping, chain, mix
-from megatrain.data.origin import ROW, Origins
+from megatrain.data.origin import Origins
 from megatrain.data.rows import ROW_FEATURES, read_batch, read_row
 from megatrain.data.source import READ_ERRORS, Source
 from megatrain.data.statistics import DatasetStatistics
@@ -39,6 +40,9 @@ from megatrain.data.table import Table, run_filter, run_map
 from megatrain.errors import ConfigError, DataError, MegatrainError, StateError
 
 logger = logging.getLogger(__name__)
+
+WINDOW = 1000
+"""Rows of a stream that are held to shuffle them."""
 
 
 class Dataset:
@@ -81,25 +85,31 @@ class Dataset:
         return self
 
     def set_template(
-        self, template: Any, model_id: str | Path | None = None, **options: Any
+        self,
+        template: Any,
+        model_id: str | Path | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
     ) -> Self:
         """Choose the template that encode() uses: a name, a class or an instance.
 
-        A name or a class is built with `model_id` and `options`.  Raises ConfigError.
+        A name or a class is built with `model_id` and `options`; one that is in a file or on a hub
+        runs with `trust_remote_code` only, here and in map() and filter().  Raises ConfigError.
         """
         self._before_encode("set_template")
         if model_id is not None:
             options = {"model_id": str(model_id), **options}
-        self.template = build("template", template, options)
+        self.template = build("template", template, options, trust_remote_code=trust_remote_code)
         return self
 
-    def map(  # noqa: PLR0913 - the options of `datasets`
+    def map(
         self,
         preprocessor: Any,
         load_from_cache_file: bool = True,
         num_proc: int | None = None,
         batched: bool = False,
         dataset_meta: DatasetMeta | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
         """Replace each row by `preprocessor(row)`; None leaves a row out.
@@ -109,7 +119,7 @@ class Dataset:
         `dataset_meta` limits it to one of several data sets.  Raises DataError, ConfigError.
         """
         self._before_encode("map")
-        function = build("preprocessor", preprocessor, options)
+        function = build("preprocessor", preprocessor, options, trust_remote_code=trust_remote_code)
         what = fingerprint("map", function, batched, self._on_error, self._origins.describe())
         step: Any = MapStep(RowFunction(Preprocess(function), self._origins, self._on_error))
         if batched:
@@ -135,6 +145,7 @@ class Dataset:
         load_from_cache_file: bool = True,
         num_proc: int | None = None,
         dataset_meta: DatasetMeta | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
         """Keep the rows for which `filter(row)` is true, before encode() or after it.
@@ -143,7 +154,7 @@ class Dataset:
         """
         if isinstance(self._encoded, LazyRows):
             raise StateError("filter() comes before encode(lazy=True): nothing is encoded yet")
-        function = build("filter", filter, options)
+        function = build("filter", filter, options, trust_remote_code=trust_remote_code)
         read = read_encoded if self._is_encoded else read_batch
         step = FilterStep(RowFunction(function, self._origins, self._on_error), read)
         what = fingerprint("filter", function, self._on_error, self._origins.describe())
@@ -189,8 +200,9 @@ class Dataset:
     ) -> Self:
         """Turn each row into tokens with the template; messages, user_data and label are kept.
 
-        With `lazy` a row is encoded when it is asked for, and nothing is stored.  Raises
-        StateError without a template, DataError for a row that cannot be encoded.
+        With `batched` the template gets many rows at once; with `lazy` a row is encoded when it is
+        asked for, and nothing is stored.  Raises StateError without a template, ConfigError where
+        an option has no effect, DataError for a row that cannot be encoded.
         """
         self._before_encode("encode")
         if self.template is None:
@@ -199,11 +211,12 @@ class Dataset:
         function = RowFunction(encode, self._origins, self._on_error)
         table = self._table()
         if lazy and not self.streaming:
+            self._check_lazy(batched, num_proc)
             self._encoded = LazyRows(table, _EncodeStored(function, self._origins))
         else:
             mapped = run_map(
                 table,
-                EncodeStep(function),
+                EncodeStep(function, encode.batch if batched else None),
                 ENCODED_FEATURES,
                 what=fingerprint("encode", encode, self._on_error, self._origins.describe()),
                 description="encoding",
@@ -222,9 +235,19 @@ class Dataset:
         return self._is_encoded
 
     @property
+    def is_read_at_once(self) -> bool:
+        """Whether a row is read, or encoded, when it is asked for, rather than when it is used."""
+        return self.streaming or not isinstance(self._encoded, EncodedRows)
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each encoded row.  Raises StateError where they are not known."""
         return self._sizes().lengths
+
+    @property
+    def num_labels(self) -> npt.NDArray[np.int64]:
+        """Predicted labels of each encoded row.  Raises StateError where they are not known."""
+        return self._sizes().num_labels
 
     @property
     def fingerprint(self) -> str:
@@ -244,10 +267,16 @@ class Dataset:
         return self._encoded.row(index, stopwatch)
 
     def stream(self, seed: int | None = None, epoch: int = 0) -> Iterator[Row | dict[str, Any]]:
-        """Yield all rows in order, or, with `seed`, shuffled within a moving window of them."""
+        """Yield a stream's rows in order or, with `seed`, shuffled within a window of 1,000.
+
+        The order depends on `seed` and `epoch` alone.
+        """
         table = self._table()
+        if not isinstance(table, datasets.IterableDataset):
+            raise StateError("only a dataset with streaming=True is a stream")
         if seed is not None:
-            table = table.shuffle(seed=[seed, epoch], **_window(self.streaming))
+            table = table.shuffle(seed=seed, buffer_size=WINDOW)
+            table.set_epoch(epoch)
         for stored in self._named_errors(table):
             yield as_row(stored) if self._is_encoded else read_row(stored)[1]
 
@@ -307,7 +336,15 @@ class Dataset:
         if self._is_encoded:
             raise StateError(f"{call}() comes before encode()", hint="make a new Dataset")
 
-    def _named_errors(self, table: Table) -> Iterator[Mapping[str, Any]]:
+    def _check_lazy(self, batched: bool, num_proc: int | None) -> None:
+        if batched or num_proc or self._on_error == "skip":
+            raise ConfigError(
+                f"encode(lazy=True) encodes one row at a time and can leave none out: got "
+                f"{batched=}, {num_proc=}, on_error={self._on_error!r}",
+                hint="leave these out, or lazy",
+            )
+
+    def _named_errors(self, table: Table) -> Iterator[dict[str, Any]]:
         """Yield stored rows; an error of the reader, which knows no names, is given them."""
         try:
             yield from table

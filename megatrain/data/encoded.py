@@ -12,9 +12,10 @@ from datasets import Features, List, Value
 
 from megatrain.data.lazy_row import Row, Stopwatch
 from megatrain.data.origin import ROW
-from megatrain.data.rows import read_batch, to_json
-from megatrain.data.steps import RowFunction
-from megatrain.errors import DataError
+from megatrain.data.pair_row import PairRow
+from megatrain.data.rows import is_empty, read_batch, to_json
+from megatrain.data.steps import ROW_ERRORS, RowFunction
+from megatrain.errors import DataError, MegatrainError
 from megatrain.types import IGNORED_LABEL
 
 TOKENS = (
@@ -26,8 +27,11 @@ TOKENS = (
     "rejected_labels",
 )
 """Columns of token ids that a template may return."""
-KEPT = ("messages", "tools", "user_data", "label")
-"""Columns of a standard row that are of use after encoding: to rewards, samplers and KTO."""
+CONSUMED = ("text", "chosen", "rejected")
+"""Columns of a standard row that nothing needs once they are tokens; messages are a sampler's and
+a reward's prompt."""
+CHOSEN = ("chosen_length", "chosen_num_labels")
+"""Columns with the sizes of a pair's first side; null for a row that is no pair."""
 EXTRA, KEY = "__extra__", "__key__"
 """Columns with everything else a row has, as JSON, and with a digest of the content."""
 
@@ -36,6 +40,7 @@ ENCODED_FEATURES = Features(
         **{name: List(Value("int32")) for name in TOKENS},
         "length": Value("int64"),
         "num_labels": Value("int64"),
+        **{name: Value("int64") for name in CHOSEN},
         EXTRA: Value("large_string"),
         KEY: Value("int64"),
         ROW: Value("int64"),
@@ -44,7 +49,7 @@ ENCODED_FEATURES = Features(
 
 
 class Encode:
-    """Encodes one standard row with a template and returns the columns that are stored."""
+    """Encodes standard rows with a template into the columns that are stored."""
 
     def __init__(self, template: Any, *, add_generation_prompt: bool) -> None:
         self._template = template
@@ -55,16 +60,28 @@ class Encode:
 
         Raises DataError for a row without tokens, or one longer than the template's max_length.
         """
-        row = {name: value for name, value in row.items() if value is not None}
-        encoded = self._template.encode(row, **self._options)
+        row = _present(row)
+        return self._columns(row, self._template.encode(row, **self._options))
+
+    def batch(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        """Return the same for several rows at once, by the template's batch_encode()."""
+        rows = [_present(row) for row in rows]
+        results = self._template.batch_encode(rows, **self._options)
+        return [self._columns(row, done) for row, done in zip(rows, results, strict=True)]
+
+    def _columns(
+        self, row: Mapping[str, Any], encoded: Mapping[str, Any] | None
+    ) -> dict[str, Any] | None:
         if encoded is None:
             return None
-        tokens = {name: np.asarray(encoded[name], dtype=np.int32) for name in TOKENS & encoded.keys()}
+        tokens = {
+            name: np.asarray(encoded[name], dtype=np.int32) for name in TOKENS if name in encoded
+        }
         self._check(tokens)
         extra = {
             name: value
-            for name, value in {**{key: row[key] for key in KEPT if key in row}, **encoded}.items()
-            if name not in ENCODED_FEATURES
+            for name, value in {**row, **encoded}.items()
+            if name not in ENCODED_FEATURES and name not in CONSUMED
         }
         text = to_json(extra) if extra else None
         sizes = _sizes(tokens)
@@ -86,20 +103,30 @@ class Encode:
 
 
 class EncodeStep:
-    """Encodes each row of a batch."""
+    """Encodes each row of a batch, or, with `whole`, the batch at once."""
 
-    def __init__(self, function: RowFunction) -> None:
-        self._function = function
+    def __init__(
+        self, function: RowFunction, whole: Callable[..., list[dict[str, Any] | None]] | None
+    ) -> None:
+        self._function, self._whole = function, whole
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Return the encoded columns."""
+        rows = list(read_batch(batch))
         columns: dict[str, list[Any]] = {name: [] for name in ENCODED_FEATURES}
-        for number, row in read_batch(batch):
-            encoded = self._function(number, row)
+        for (number, _), encoded in zip(rows, self._encode(rows), strict=True):
             if encoded is not None:
                 for name, value in {**encoded, ROW: number}.items():
                     columns[name].append(value)
         return columns
+
+    def _encode(self, rows: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any] | None]:
+        if self._whole is not None and not any(is_empty(row) for _, row in rows):
+            try:
+                return self._whole([row for _, row in rows])
+            except (MegatrainError, *ROW_ERRORS):
+                pass  # one row at a time, the one with the error is named
+        return [self._function(number, row) for number, row in rows]
 
 
 class EncodedRows:
@@ -107,22 +134,26 @@ class EncodedRows:
 
     def __init__(self, table: datasets.Dataset) -> None:
         self._table = table
-        sizes = table.select_columns(["length", "num_labels", KEY]).with_format("arrow")[:]
+        columns = ["length", "num_labels", *CHOSEN, KEY]
+        sizes = table.select_columns(columns).with_format("arrow")[:]
         self.lengths: npt.NDArray[np.int64] = sizes["length"].to_numpy()
         self.num_labels: npt.NDArray[np.int64] = sizes["num_labels"].to_numpy()
         self.keys: npt.NDArray[np.int64] = sizes[KEY].to_numpy()
+        self._chosen = [sizes[name].fill_null(-1).to_numpy() for name in CHOSEN]
+        self.has_pairs = table.data.column("chosen_input_ids").null_count < table.data.num_rows
 
     def __len__(self) -> int:
         return len(self._table)
 
     def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
         """Return row `index`, not yet read."""
-        return Row(
+        sizes = {"length": self.lengths[index], "num_labels": self.num_labels[index]}
+        chosen = (int(self._chosen[0][index]), int(self._chosen[1][index]))
+        return _row(
             lambda: public(self._table[index]),
-            key=key_text(self.keys[index]),
-            num_tokens=int(self.lengths[index]),
-            num_labels=int(self.num_labels[index]),
-            stopwatch=stopwatch,
+            {**sizes, KEY: self.keys[index]},
+            chosen if chosen[0] >= 0 else None,
+            stopwatch,
         )
 
 
@@ -142,13 +173,25 @@ class LazyRows:
 
 def as_row(stored: dict[str, Any], stopwatch: Stopwatch | None = None) -> Row:
     """Return a row whose columns are in memory."""
-    return Row(
-        lambda: public(stored),
-        key=key_text(stored[KEY]),
-        num_tokens=int(stored["length"]),
-        num_labels=int(stored["num_labels"]),
-        stopwatch=stopwatch,
-    )
+    chosen = None
+    if stored[CHOSEN[0]] is not None:
+        chosen = (int(stored[CHOSEN[0]]), int(stored[CHOSEN[1]]))
+    return _row(lambda: public(stored), stored, chosen, stopwatch)
+
+
+def _row(
+    read: Callable[[], dict[str, Any]],
+    sizes: Mapping[str, Any],
+    chosen: tuple[int, int] | None,
+    stopwatch: Stopwatch | None,
+) -> Row:
+    options: dict[str, Any] = {
+        "key": key_text(sizes[KEY]),
+        "num_tokens": int(sizes["length"]),
+        "num_labels": int(sizes["num_labels"]),
+        "stopwatch": stopwatch,
+    }
+    return Row(read, **options) if chosen is None else PairRow(read, chosen=chosen, **options)
 
 
 def public(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,14 +229,20 @@ def digest(parts: Iterable[bytes]) -> int:
     return int.from_bytes(total.digest(), "big", signed=True)
 
 
+def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out columns that this row does not have, and others do."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def _key(tokens: Mapping[str, npt.NDArray[np.int32]], extra: str | None) -> int:
     parts = [part for name in sorted(tokens) for part in (name.encode(), tokens[name].tobytes())]
     return digest([*parts, (extra or "").encode("utf-8", "surrogatepass")])
 
 
-def _sizes(tokens: Mapping[str, npt.NDArray[np.int32]]) -> dict[str, int]:
+def _sizes(tokens: Mapping[str, npt.NDArray[np.int32]]) -> dict[str, int | None]:
     """Count tokens and predicted labels; without labels every token but the first is one."""
     length = num_labels = 0
+    chosen: dict[str, int | None] = dict.fromkeys(CHOSEN)
     for prefix in ("", "chosen_", "rejected_"):
         ids = tokens.get(f"{prefix}input_ids")
         if ids is None:
@@ -201,9 +250,12 @@ def _sizes(tokens: Mapping[str, npt.NDArray[np.int32]]) -> dict[str, int]:
         labels = tokens.get(f"{prefix}labels", ids)
         if len(labels) != len(ids):
             raise DataError(
-                f"{prefix}labels must be as long as {prefix}input_ids: {len(labels)} and {len(ids)}",
+                f"{prefix}labels must be as long as {prefix}input_ids: {len(labels)} and "
+                f"{len(ids)}",
                 hint="mend the template's encode()",
             )
         length += len(ids)
         num_labels += int((labels[1:] != IGNORED_LABEL).sum())
-    return {"length": length, "num_labels": num_labels}
+        if prefix == "chosen_":
+            chosen = {CHOSEN[0]: length, CHOSEN[1]: num_labels}
+    return {"length": length, "num_labels": num_labels, **chosen}

@@ -6,7 +6,13 @@ from pathlib import Path
 from megatrain.data.meta import DatasetMeta
 from megatrain.errors import ConfigError, DataError
 
-KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+KINDS = {
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 """Suffix -> kind of file."""
 
 _SPLITS = {

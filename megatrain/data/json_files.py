@@ -1,6 +1,7 @@
 """JSON and JSON-lines files, read so that an error names the line."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from megatrain.data.origin import ROW
 from megatrain.data.rows import JSON, to_json
 from megatrain.errors import DataError, MegatrainError
+
+logger = logging.getLogger(__name__)
 
 _SKIP = "correct or remove the line, or leave such rows out with Dataset(..., on_error='skip')"
 
@@ -26,9 +29,10 @@ class ParseLines:
                 continue
             try:
                 self._check(line.removeprefix("\ufeff"), index + 1)
-            except DataError:
+            except DataError as error:
                 if self._on_error == "raise":
                     raise
+                logger.warning("left out: %s", error.message)
                 continue
             texts.append(line.removeprefix("\ufeff"))
             numbers.append(self._start + index + 1)

@@ -34,7 +34,7 @@ class Row(Mapping[str, Any]):
 
     __slots__ = ("_content", "_read", "_stopwatch", "key", "num_labels", "num_tokens")
 
-    def __init__(  # noqa: PLR0913 - what a row is
+    def __init__(
         self,
         read: Callable[[], Mapping[str, Any]],
         *,

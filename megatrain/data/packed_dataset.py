@@ -61,6 +61,11 @@ class PackingDataset(Dataset):
         """Tokens of each packed row."""
         return self._rows().lengths
 
+    @property
+    def num_labels(self) -> npt.NDArray[np.int64]:
+        """Predicted labels of each packed row."""
+        return self._rows().num_labels
+
     def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
         """Return packed row `index` without reading its tokens yet."""
         return self._rows().row(index, stopwatch)
@@ -87,9 +92,14 @@ class PackingDataset(Dataset):
 
 
 class PackedRows:
-    """Groups of encoded rows, in Compressed Sparse Row form: one vector of numbers, one of starts."""
+    """Groups of encoded rows, kept as one vector of row numbers and one of where groups start."""
 
     def __init__(self, rows: EncodedRows, max_length: int) -> None:
+        if rows.has_pairs:
+            raise DataError(
+                "rows with a chosen and a rejected answer cannot be packed",
+                hint="use Dataset: the trainer packs pairs by itself",
+            )
         groups = best_fit_decreasing(rows.lengths, max_length)
         self.max_length = max_length
         self._samples = rows
@@ -121,11 +131,6 @@ class PackedRows:
         joined: dict[str, Any] = {"input_ids": [], "labels": [], "position_ids": [], "lengths": []}
         for number in numbers.tolist():
             sample = self._samples.row(number)
-            if "input_ids" not in sample:
-                raise DataError(
-                    f"only rows with input_ids can be packed: row {number} has {sorted(sample)}",
-                    hint="pairs of answers are packed by the trainer: use Dataset",
-                )
             ids = sample["input_ids"]
             joined["input_ids"] += ids
             joined["labels"] += [IGNORED_LABEL, *sample.get("labels", ids)[1:]]

@@ -1,7 +1,6 @@
 """From a DatasetMeta to rows: local files, the Hugging Face hub, or ModelScope's."""
 
 import importlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from megatrain.data.json_files import (
     read_array,
 )
 from megatrain.data.meta import DatasetMeta
-from megatrain.data.origin import ROW, Origins
+from megatrain.data.mixing import chain
+from megatrain.data.origin import Origins
 from megatrain.data.rows import ROW_FEATURES
-from megatrain.data.table import Table, add_row_numbers, run_map
+from megatrain.data.table import Table, add_row_numbers, run_map, with_columns
 from megatrain.errors import ConfigError, DataError
 
 READ_ERRORS = (
@@ -44,7 +44,8 @@ class Source:
         scheme, _, name = str(meta.dataset_id).rpartition("://")
         if scheme not in ("", "hf", "ms"):
             raise ConfigError(
-                f"unknown scheme {scheme!r} in {meta.dataset_id!r}", hint="known are hf:// and ms://"
+                f"unknown scheme {scheme!r} in {meta.dataset_id!r}",
+                hint="known are hf:// and ms://",
             )
         path = Path(name).expanduser()
         if not scheme and path.exists():
@@ -60,13 +61,15 @@ class Source:
     def _files(self, path: Path, meta: DatasetMeta) -> Table:
         files = find_files(path, meta)
         tables = [self._file(file) for file in files]
-        rows = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+        rows = chain(tables)
         if not self._streaming and not len(rows):
             raise DataError(f"{meta.describe()} has no rows", hint="give a file with rows")
         return rows
 
     def _file(self, path: Path) -> Table:
         kind = KINDS[path.suffix]
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty", hint="give a file with rows")
         is_json = kind in ("json", "jsonl")
         try:
             if kind == "json" and is_array(path):
@@ -85,14 +88,21 @@ class Source:
             ) from error
         return add_row_numbers(rows, self._origins.add(str(path), "row"))
 
-    def _load(self, builder: str, path: Path) -> Table:
-        return datasets.load_dataset(
-            builder, data_files=[str(path)], split="train", streaming=self._streaming
+    def _load(self, builder: str, path: Path, **options: Any) -> Table:
+        return with_columns(
+            datasets.load_dataset(
+                builder,
+                data_files=[str(path)],
+                split="train",
+                streaming=self._streaming,
+                **options,
+            )
         )
 
     def _lines(self, path: Path) -> Table:
         start = self._origins.add(str(path), "line")
-        rows = self._load("text", path)
+        text = datasets.Features({"text": datasets.Value("string")})
+        rows = self._load("text", path, features=text)
         return run_map(
             rows,
             ParseLines(path, start, self._on_error),
@@ -113,8 +123,10 @@ class Source:
 
     def _hub(self, name: str, meta: DatasetMeta) -> Table:
         try:
-            rows = datasets.load_dataset(
-                name, meta.subset, split=meta.split, streaming=self._streaming
+            rows = with_columns(
+                datasets.load_dataset(
+                    name, meta.subset, split=meta.split, streaming=self._streaming
+                )
             )
         except READ_ERRORS as error:
             raise DataError(
@@ -128,16 +140,23 @@ class Source:
             return table
         if isinstance(table, datasets.Dataset):
             return table.select(meta.chosen_rows(len(table)))
-        chosen = meta.data_slice
-        if isinstance(chosen, slice):
-            chosen = range(chosen.start or 0, chosen.stop or 0, chosen.step or 1)
-        if not isinstance(chosen, range) or chosen.step != 1 or chosen.start < 0 or chosen.stop < 0:
-            raise ConfigError(
-                f"a stream is read from its start, so data_slice must be range(start, stop): got "
-                f"{meta.data_slice!r}",
-                hint="read it whole, without streaming=True",
-            )
-        return table.skip(chosen.start).take(max(0, chosen.stop - chosen.start))
+        start, stop = _from_the_start(meta)
+        rows = table.skip(start)
+        return rows if stop is None else rows.take(max(0, stop - start))
+
+
+def _from_the_start(meta: DatasetMeta) -> tuple[int, int | None]:
+    """Return where a slice of a stream starts and stops.  Raises ConfigError for other choices."""
+    chosen = meta.data_slice
+    if isinstance(chosen, range | slice):
+        start, stop, step = chosen.start or 0, chosen.stop, chosen.step or 1
+        if step == 1 and start >= 0 and (stop is None or stop >= 0):
+            return start, stop
+    raise ConfigError(
+        "a stream is read from its start, so data_slice must be range(start, stop): got "
+        f"{chosen!r}",
+        hint="read it whole, without streaming=True",
+    )
 
 
 def _looks_local(name: str) -> bool:
@@ -160,9 +179,3 @@ def _from_modelscope(name: str) -> Path:
             f"cannot download {name!r} from modelscope: {type(error).__name__}: {error}",
             hint="give a local file or folder, or check the id",
         ) from error
-
-
-def chain(tables: Iterable[Table]) -> Table:
-    """Return the tables one after another."""
-    tables = list(tables)
-    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)

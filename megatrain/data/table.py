@@ -44,7 +44,7 @@ def run_map(  # noqa: PLR0913 - a step and how it is run
             batched=True,
             batch_size=STREAM_BATCH,
             with_indices=with_indices,
-            remove_columns=table.column_names or None,
+            remove_columns=table.column_names,
             features=features,
         )
     name = fingerprint(table._fingerprint, what)
@@ -86,10 +86,20 @@ def run_filter(
         )
 
 
+def with_columns(table: Table) -> Table:
+    """Return a stream whose columns are known: its first rows are read, if they are not."""
+    if isinstance(table, datasets.IterableDataset) and table.features is None:
+        return table._resolve_features()
+    return table
+
+
 def add_row_numbers(table: Table, start: int) -> Table:
     """Return the table with a column ROW: `start` + 1, `start` + 2, ..."""
     if isinstance(table, datasets.IterableDataset):
-        return table.map(lambda row, index: {**row, ROW: start + index + 1}, with_indices=True)
+        features = datasets.Features({**table.features, ROW: datasets.Value("int64")})
+        return table.map(
+            lambda row, index: {**row, ROW: start + index + 1}, with_indices=True, features=features
+        )
     numbers = np.arange(start + 1, start + 1 + len(table), dtype=np.int64)
     return table.add_column(
         ROW, numbers, new_fingerprint=fingerprint(table._fingerprint, "numbers", start)

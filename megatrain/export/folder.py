@@ -32,7 +32,7 @@ def replaced(directory: Path, *, may_replace: Callable[[Path], bool]) -> Iterato
     new.mkdir()
     try:
         yield new
-        for path in [*new.iterdir(), new]:
+        for path in [*new.rglob("*"), new]:
             _sync(path)
         _refuse(directory, may_replace)
         _take_place(new, directory)

@@ -40,19 +40,37 @@ def stream(
     """
     mine = _own_batches(slices, groups, batch_bytes)
     if groups.rank == 0:
-        yield from mine
-        for rank in range(1, groups.mesh.world_size):
-            yield from _receive(rank, groups)
-    else:
-        for batch in mine:
-            _send(batch, groups)
-        _send({}, groups)
+        yield from _rounds(mine, groups)
+        return
+    for batch in mine:
+        _send(batch, groups)
+    _send(None, groups)
+
+
+def _rounds(mine: Iterator[dict[str, Tensor]], groups: Groups) -> Iterator[dict[str, Tensor]]:
+    """Yield one batch of each rank in turn, until all have said that they are done.
+
+    In turn, since a rank that waits to be heard would be missing in the next collective of a group
+    that it shares with rank 0.
+    """
+    active, done = list(range(1, groups.mesh.world_size)), False
+    while active or not done:
+        batch = None if done else next(mine, None)
+        done = batch is None
+        if batch:
+            yield batch
+        for rank in list(active):
+            theirs = _receive(rank, groups)
+            if theirs is None:
+                active.remove(rank)
+            elif theirs:
+                yield theirs
 
 
 def _own_batches(
     slices: Iterable[TensorSlice], groups: Groups, batch_bytes: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield whole tensors that this rank speaks for.  Collective over (expert) TP."""
+    """Yield whole tensors that this rank speaks for, maybe none.  Collective over (expert) TP."""
     for batch in _batches(slices, batch_bytes):
         owned: dict[str, Tensor] = {}
         for is_expert, dtype in sorted({(s.is_expert, s.value.dtype) for s in batch}, key=str):
@@ -62,8 +80,7 @@ def _own_batches(
             whole = _over_tp(members, tp)
             if tp.rank() == 0 and data.rank() == 0:
                 owned.update(whole)
-        if owned:
-            yield owned
+        yield owned
 
 
 def _batches(slices: Iterable[TensorSlice], batch_bytes: int) -> Iterator[list[TensorSlice]]:
@@ -104,7 +121,11 @@ def _over_tp(slices: Sequence[TensorSlice], group: dist.ProcessGroup) -> dict[st
     return {name: whole.cpu() for name, whole in result.items()}
 
 
-def _send(batch: dict[str, Tensor], groups: Groups) -> None:
+def _send(batch: dict[str, Tensor] | None, groups: Groups) -> None:
+    """Send a batch to rank 0, or None: there are no more."""
+    if batch is None:
+        dist.send(torch.zeros(2, dtype=torch.int64), 0, group=groups.control)
+        return
     header = [
         [name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in batch.items()
     ]
@@ -112,23 +133,22 @@ def _send(batch: dict[str, Tensor], groups: Groups) -> None:
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in batch.values()]
     body = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
     dist.send(torch.tensor([meta.numel(), body.numel()]), 0, group=groups.control)
-    if batch:
-        dist.send(meta, 0, group=groups.control)
+    dist.send(meta, 0, group=groups.control)
+    if body.numel():
         dist.send(body, 0, group=groups.control)
 
 
-def _receive(rank: int, groups: Groups) -> Iterator[dict[str, Tensor]]:
-    """Yield what `rank` sends until it sends nothing."""
-    while True:
-        sizes = torch.empty(2, dtype=torch.int64)
-        dist.recv(sizes, rank, group=groups.control)
-        num_meta, num_body = sizes.tolist()
-        if not num_body:
-            return
-        meta, body = (torch.empty(n, dtype=torch.uint8) for n in (num_meta, num_body))
-        dist.recv(meta, rank, group=groups.control)
+def _receive(rank: int, groups: Groups) -> dict[str, Tensor] | None:
+    sizes = torch.empty(2, dtype=torch.int64)
+    dist.recv(sizes, rank, group=groups.control)
+    num_meta, num_body = sizes.tolist()
+    if not num_meta:
+        return None
+    meta, body = (torch.empty(n, dtype=torch.uint8) for n in (num_meta, num_body))
+    dist.recv(meta, rank, group=groups.control)
+    if num_body:
         dist.recv(body, rank, group=groups.control)
-        yield _unpack(meta, body)
+    return _unpack(meta, body)
 
 
 def _unpack(meta: Tensor, body: Tensor) -> dict[str, Tensor]:

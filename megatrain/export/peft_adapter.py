@@ -6,7 +6,8 @@ layout.py says how factors are named and shaped; attach.py asks PEFT what it mak
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,23 @@ from megatrain.export.attach import attach
 from megatrain.export.folder import replaced
 from megatrain.export.layout import PREFIX, Layer, patterns, plan, to_peft, unstack
 from megatrain.export.skeleton import Skeleton
+from megatrain.export.state.folder import is_state_folder
+from megatrain.model.score import SCORE
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+_SCORE_OPTIONS = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
 _KEY = re.compile(
     re.escape(PREFIX) + r"(?P<path>.+)\.lora_((?P<factor>[AB])\.weight|embedding_(?P<row>[AB]))"
 )
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What will be in an adapter's files: checked against PEFT, not yet written."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 def write_adapter(
@@ -47,8 +59,25 @@ def write_adapter(
         ExportError: the factors do not fit the model, spec or PEFT; the file differs from them; or
             `directory` holds something else than an adapter.
     """
+    files = prepare_adapter(spec, tensors, base_model=base_model, hf_config=hf_config)
+    return write_files(directory, files)
+
+
+def prepare_adapter(
+    spec: LoraSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    base_model: str,
+    hf_config: PretrainedConfig | dict[str, Any],
+) -> AdapterFiles:
+    """Return what write_adapter writes, after PEFT has been asked.  Raises ExportError.
+
+    With a score head, the adapter is one of Transformers' model for sequence classification.
+    """
     _check_finite(tensors)
-    skeleton = Skeleton(hf_config)
+    score = tensors.get(SCORE)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != SCORE}
+    skeleton = Skeleton(hf_config, has_score=score is not None)
     layers = plan(skeleton, spec, tensors)
     config = spec.to_peft_dict(
         target_modules=[layer.name for layer in layers if not layer.is_parameter],
@@ -59,12 +88,23 @@ def write_adapter(
     weights: dict[str, Tensor] = {}
     for layer in layers:
         weights |= to_peft(layer, tensors)
+    if score is not None:
+        config |= _SCORE_OPTIONS
+        weights[PREFIX + SCORE] = score
     _check_scales(attach(skeleton.model, config, weights), spec, layers)
-    weights = _separate(weights)
+    return AdapterFiles(config, _separate(weights))
+
+
+def write_files(
+    directory: Path, files: AdapterFiles, also: Callable[[Path], None] | None = None
+) -> Path:
+    """Write an adapter's files, and what `also` writes beside them, in one step."""
     with replaced(directory, may_replace=is_adapter) as new:
-        save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        _check_written(new, config, weights)
+        save_file(files.weights, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
+        _check_written(new, files.config, files.weights)
+        if also is not None:
+            also(new)
     return Path(directory)
 
 
@@ -83,18 +123,21 @@ def read_adapter(
     """
     directory = Path(directory)
     config, weights = _load_config(directory), _load_weights(directory)
-    spec = LoraSpec.from_any(config)
-    skeleton = Skeleton(hf_config)
+    has_score = PREFIX + SCORE in weights
+    plain = {**config, "modules_to_save": None} if has_score else config
+    spec = LoraSpec.from_any(plain)
+    skeleton = Skeleton(hf_config, has_score=has_score)
     scales = attach(skeleton.model, config, weights)
+    score = weights.pop(PREFIX + SCORE, None)
     tensors = _canonical(skeleton, spec, weights)
     exact = _exact_targets(spec, plan(skeleton, spec, tensors))
     _check_scales(scales, exact, plan(skeleton, exact, tensors))
-    return exact, tensors
+    return exact, tensors if score is None else {**tensors, SCORE: score}
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return whether a folder holds an adapter and nothing else."""
-    names = {path.name for path in directory.iterdir()}
+    """Return whether a folder holds an adapter, its training state, and nothing else."""
+    names = {path.name for path in directory.iterdir() if not is_state_folder(path)}
     return names <= {WEIGHTS, CONFIG, "README.md"} and (CONFIG in names or not names)
 
 

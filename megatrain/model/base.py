@@ -7,6 +7,7 @@ import torch
 
 from megatrain.checkpoint.names import LocalParameter, ParameterTable, parallel_kind
 from megatrain.errors import ConfigError
+from megatrain.model.fsdp import whole
 from megatrain.model.tensor_slice import TensorPart, TensorSlice, TrainedParameter
 
 
@@ -51,8 +52,9 @@ def base_slices(table: ParameterTable) -> Iterator[TensorSlice]:
     for p in table.parameters:
         if table.is_tied and p.local_name.startswith("output_layer."):
             continue
+        value = whole(p.parameter, table.groups)
         for part in _parts(table, p):
-            yield part.of(p.parameter)
+            yield part.of(value)
 
 
 def _place(local_name: str) -> Literal["embedding", "head", "layer"]:

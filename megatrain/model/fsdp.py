@@ -10,10 +10,12 @@ context parallel ranks is summed once a step, by the optimizer's shards, so that
 here as everywhere.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,10 +29,33 @@ from megatrain.errors import ConfigError
 from megatrain.parallel.groups import Groups
 
 
-def whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor, groups: Groups) -> Tensor:
     """Return a parameter's value, gathered if it is sharded.  Then collective over fsdp ranks."""
-    value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    assert groups.fsdp is not None
+    return gather_rows([local(parameter)], [parameter.shape], groups.fsdp.shards)[0]
+
+
+def gather_rows(
+    rows: Sequence[Tensor], shapes: Sequence[torch.Size], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Return whole tensors of which each rank has its rows, as torch cuts them.  Collective.
+
+    ceil(n / F) rows for each of the first ranks, fewer or none for the last.
+    """
+    # Not DTensor.full_tensor: its plans are cached, and name groups that may have been left since.
+    sizes = [-(-shape[0] // group.size()) * shape[1:].numel() for shape in shapes]
+    mine = rows[0].new_zeros(sum(sizes))
+    for piece, part in zip(mine.split(sizes), rows, strict=True):
+        piece[: part.numel()] = part.reshape(-1)
+    everyone = mine.new_empty(group.size() * mine.numel())
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    by_tensor = everyone.view(group.size(), -1).split(sizes, 1)
+    return [
+        pieces.reshape(-1)[: shape.numel()].view(shape)
+        for pieces, shape in zip(by_tensor, shapes, strict=True)
+    ]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -106,17 +131,45 @@ def _shard(unit: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def train_sharded(chunks: Sequence[nn.Module]) -> None:
-    """Let gradients of all parameters be reduced over the fsdp axis, in float32.
+    """Unfreeze all parameters, whose gradients are summed over the fsdp axis in float32.
 
-    Raises ConfigError if the parameters of a unit differ in dtype.
+    Raises ConfigError, with nothing changed, if the parameters of a unit differ in dtype.
     """
-    for unit in (m for chunk in chunks for m in chunk.modules() if isinstance(m, FSDPModule)):
+    units = [unit for chunk in chunks for unit in chunk.modules() if isinstance(unit, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    for group in groups:
+        dtypes = {str(each.sharded_param.dtype) for each in group.fsdp_params}
+        if len(dtypes) > 1:
+            raise ConfigError(
+                f"fsdp trains parameters of one dtype a layer only: {', '.join(sorted(dtypes))}",
+                hint="use mixed_precision='no', or fsdp=1",
+            )
+    for chunk in chunks:
+        chunk.requires_grad_()
+    for group in groups:
+        # torch looks once, at the first pass, at what is trained; that pass may be over.
+        group._init_mp_dtypes()
+
+
+@contextlib.contextmanager
+def clean_after_error(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Bring sharded parameters back to rest if a pass does not come to its end.
+
+    Without, later passes would lose gradients in silence.
+    """
+    try:
+        yield
+    except BaseException:
+        for chunk in chunks:
+            if isinstance(chunk, FSDPModule):
+                chunk.reset_iter_state()
+                _forget_whole_gradients(chunk)
+        raise
+
+
+def _forget_whole_gradients(chunk: nn.Module) -> None:
+    for unit in (unit for unit in chunk.modules() if isinstance(unit, FSDPModule)):
         for group in unit._get_fsdp_state()._fsdp_param_groups:
-            dtypes = {str(p.sharded_param.dtype) for p in group.fsdp_params}
-            if len(dtypes) > 1:
-                raise ConfigError(
-                    f"fsdp trains parameters of one dtype a layer only: {sorted(dtypes)}",
-                    hint="use mixed_precision='no', or fsdp=1",
-                )
-            # torch looks at what is trained once, at the first pass, which may have been before.
-            group._init_mp_dtypes()
+            for each in group.fsdp_params:
+                if hasattr(each, "_unsharded_param"):
+                    each.unsharded_param.grad = None

@@ -18,6 +18,7 @@ from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError, StateError, UnknownFamilyError
 from megatrain.model.adapter import Adapter
 from megatrain.model.base import trained_parameters
+from megatrain.model.fsdp import clean_after_error, load_sharded, train_sharded
 from megatrain.model.head import Head
 from megatrain.model.lora import ActiveAdapter, make_adapter
 from megatrain.model.microbatch import MicroBatch
@@ -90,6 +91,8 @@ class Network:
                 hint="call add_adapter_to_model before set_optimizer",
             )
         parameters = trained_parameters(self.table)
+        if self.groups.fsdp is not None:
+            train_sharded(self.chunks)
         for chunk in self.chunks:
             chunk.requires_grad_()
         return parameters
@@ -129,7 +132,7 @@ class Network:
             chunk.train(train)
         step = _ForwardStep(self.head, loss)
         iterators = [iter(batches) for _ in self.chunks]
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(train), clean_after_error(self.chunks):
             results = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -186,15 +189,24 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
     with quiet():
         auto_bridge = make_bridge(folder)
         provider = make_provider(auto_bridge, config, groups)
+        provider.use_cpu_initialization |= groups.fsdp is not None
         source = SafetensorsFolder(folder)
         chunks = [_provide(provider, stage) for stage in stages]
     for chunk, stage in zip(chunks, stages, strict=True):
         chunk.model_type = _model_type()
         chunk.vp_stage = stage
         chunk.requires_grad_(False)
-        chunk.to(groups.device)
-    table = ParameterTable(auto_bridge, chunks, groups, source.shapes())
-    load_parameters(table, source)
+        if groups.fsdp is None:
+            chunk.to(groups.device)
+
+    def make_table() -> ParameterTable:
+        return ParameterTable(auto_bridge, chunks, groups, source.shapes())
+
+    if groups.fsdp is None:
+        table = make_table()
+        load_parameters(table, source)
+    else:
+        table = load_sharded(make_table, source, chunks, groups)
     if config.recompute or groups.mesh.pp > 1:
         _let_gradients_reach_the_first_layer(chunks[0])
     head = Head(int(provider.vocab_size), groups.tp)

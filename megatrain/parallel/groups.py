@@ -1,10 +1,11 @@
 """The process groups of a rank.  The only file that reads Megatron's global parallel_state."""
 
+import copy
 import itertools
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from megatrain.errors import LayoutError, StateError
 from megatrain.parallel.layout import DeviceMesh
+from megatrain.parallel.shard_groups import ShardGroups, make_shard_groups
 from megatrain.platforms.platform import Platform
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ class Groups:
     """All ranks, over Gloo, for tensors on the CPU."""
     collection: Any
     """Megatron's ProcessGroupCollection of the same ranks."""
+    fsdp: ShardGroups | None = None
+    """None unless the mesh shards parameters."""
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -57,6 +61,14 @@ class Groups:
     def embedding(self) -> dist.ProcessGroup:
         """The first and the last pipeline stage, which both hold a tied embedding."""
         return self.collection.embd
+
+    def of_shards(self) -> "Groups":
+        """Return the same where `data` and `expert_data` are the replicas of a fsdp shard."""
+        assert self.fsdp is not None
+        collection = copy.copy(self.collection)
+        collection.dp_cp = self.fsdp.replicas
+        collection.expt_dp = self.fsdp.expert_replicas
+        return replace(self, collection=collection)
 
     @property
     def is_last_stage(self) -> bool:
@@ -107,7 +119,14 @@ def init_groups(
     control: Any = dist.group.WORLD
     if platform.collective_backend != "gloo":
         control = dist.new_group(backend="gloo", timeout=timeout)
-    return Groups(mesh=mesh, rank=rank, device=device, control=control, collection=collection)
+    return Groups(
+        mesh=mesh,
+        rank=rank,
+        device=device,
+        control=control,
+        collection=collection,
+        fsdp=make_shard_groups(mesh, timeout) if mesh.fsdp > 1 else None,
+    )
 
 
 def _join(

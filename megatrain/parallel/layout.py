@@ -2,9 +2,10 @@
 
 Megatron's order is used throughout: tp fastest, then cp, dp, pp.  Experts have an order of their
 own over the same ranks: etp fastest, then ep, edp, pp.  `ep` therefore divides dp * cp * tp and
-does not multiply the world.
+does not multiply the world.  Neither does `fsdp`, which divides dp: its ranks are neighbours there.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 from megatrain.errors import LayoutError
@@ -15,7 +16,7 @@ class DeviceMesh:
     """Sizes of the parallel axes.  `world_size` is dp * tp * pp * cp."""
 
     dp: int = 1
-    """Data parallel replicas."""
+    """Data parallel ranks: those that see other data."""
     tp: int = 1
     """Tensor parallel ranks; sequence parallelism comes with it."""
     pp: int = 1
@@ -28,6 +29,9 @@ class DeviceMesh:
     """Tensor parallel ranks inside one expert."""
     vpp: int = 1
     """Model chunks per pipeline stage; above 1 the interleaved schedule is used."""
+    fsdp: int = 1
+    """Ranks, out of dp, over which parameters, gradients and optimizer are sharded; the dp / fsdp
+    groups of them are replicas of each other."""
 
     def __post_init__(self) -> None:
         for axis, size in asdict(self).items():
@@ -44,6 +48,18 @@ class DeviceMesh:
             raise LayoutError(
                 f"interleaving needs at least two pipeline stages: vpp={self.vpp}, pp={self.pp}"
             )
+        self._check_fsdp()
+
+    def _check_fsdp(self) -> None:
+        if self.dp % self.fsdp:
+            raise LayoutError(f"fsdp must divide dp: fsdp={self.fsdp}, dp={self.dp}")
+        if self.fsdp > 1 and self.tp * self.cp % (self.ep * self.etp):
+            raise LayoutError(
+                "with fsdp the experts must be spread over tp * cp ranks alone, so that the fsdp "
+                f"ranks hold the same ones: fsdp={self.fsdp}, ep={self.ep}, etp={self.etp}, "
+                f"tp={self.tp}, cp={self.cp}",
+                hint=f"choose ep * etp among the divisors of {self.tp * self.cp}, or fsdp=1",
+            )
 
     @classmethod
     def from_sizes(
@@ -56,19 +72,23 @@ class DeviceMesh:
         ep_size: int = 1,
         etp_size: int = 1,
         vpp_size: int = 1,
+        fsdp_size: int = 1,
         world_size: int | None = None,
     ) -> "DeviceMesh":
-        """Build a mesh; `dp_size` is what is left of `world_size` when it is not given.
+        """Build a mesh of dp_size * fsdp_size data parallel ranks.
 
-        Raises LayoutError when the sizes do not multiply to `world_size`.
+        `dp_size` is what is left of `world_size` when it is not given.  Raises LayoutError when
+        the sizes do not multiply to `world_size`.
         """
-        inner = tp_size * pp_size * cp_size
+        inner = tp_size * pp_size * cp_size * fsdp_size
         if dp_size is None:
             if world_size is not None and (inner < 1 or world_size % inner):
-                raise LayoutError(_product_message(world_size, tp_size, pp_size, cp_size))
+                sizes = {"tp": tp_size, "pp": pp_size, "cp": cp_size, "fsdp": fsdp_size}
+                raise LayoutError(_product_message(world_size, sizes))
             dp_size = 1 if world_size is None else world_size // inner
         mesh = cls(
-            dp=dp_size,
+            dp=_product(dp_size, fsdp_size),
+            fsdp=fsdp_size,
             tp=tp_size,
             pp=pp_size,
             cp=cp_size,
@@ -109,8 +129,16 @@ class DeviceMesh:
         return asdict(self)
 
 
-def _product_message(world: int, tp: int, pp: int, cp: int) -> str:
+def _product(dp_size: int, fsdp_size: int) -> int:
+    """Return all data parallel ranks; a size that is none is left for the mesh to name."""
+    fits = all(type(size) is int and size >= 1 for size in (dp_size, fsdp_size))
+    return dp_size * fsdp_size if fits else dp_size
+
+
+def _product_message(world: int, sizes: dict[str, int]) -> str:
+    used = {axis: size for axis, size in sizes.items() if axis != "fsdp" or size != 1}
+    values = ", ".join(f"{axis}={size}" for axis, size in used.items())
     return (
-        "world size must be a multiple of tp * pp * cp: "
-        f"world={world}, tp={tp}, pp={pp}, cp={cp} (product {tp * pp * cp})"
+        f"world size must be a multiple of {' * '.join(used)}: "
+        f"world={world}, {values} (product {math.prod(used.values())})"
     )

@@ -180,7 +180,7 @@ def _check_keys(index: int, item: Mapping[str, Any], inputs: Any) -> None:
     An encoded row of a dataset, which says its sizes, may have columns of its own.
     """
     unknown = sorted(item.keys() - _IDS - set(inputs))
-    if unknown and not _SIZES <= item.keys():
+    if unknown and not item.keys() >= _SIZES:
         raise DataError(
             f"datum {index} has keys without an effect: {unknown}",
             hint="a datum is input_ids and labels, and what the loss takes; set_processor chooses "
@@ -225,8 +225,12 @@ def _lengths(index: int, item: Mapping[str, Any], size: int) -> tuple[int, ...]:
 def _check_packed(index: int, loss: Loss | None) -> None:
     if loss is None:
         return
-    by_sequence = loss.unit > 1 or loss.uses_scores or type(loss).divisor is not Loss.divisor
-    if by_sequence or any(each.kind == "sequence" for each in loss.inputs.values()):
+    if (
+        loss.by_sequence
+        or loss.unit > 1
+        or loss.uses_scores
+        or any(each.kind == "sequence" for each in loss.inputs.values())
+    ):
         raise DataError(
             f"{type(loss).__name__} counts sequences, and datum {index} is several in one",
             hint="give the sequences one by one; megatrain packs them itself",

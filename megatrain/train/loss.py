@@ -57,6 +57,8 @@ class Loss(ABC):
     """So many consecutive data belong together (2: chosen, rejected) and share a micro-batch."""
     statistics: ClassVar[Sequence[str]] = ()
     """Names of what is reported beside the loss."""
+    by_sequence: ClassVar[bool] = False
+    """Needs to know where a sequence ends: a datum that packs several is refused."""
     uses_scores: ClassVar[bool] = False
     """Needs a model with a score head instead of log-probabilities."""
 

@@ -5,8 +5,10 @@ https://kellerjordan.github.io/posts/muon/); a matrix is one tensor of Hugging F
 apart, each expert apart, a LoRA factor.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,42 +20,64 @@ from megatrain.train.names import check_known
 from megatrain.train.orthogonal import orthogonalize
 from megatrain.train.sharded import ShardedParameters
 
-ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+@dataclass(frozen=True, kw_only=True)
+class MuonOptions:
+    """Options in torch.optim.Muon's words, and those of AdamW.  Raises ConfigError."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    eps: float = 1e-7
+    """Least norm of an update, so that zero stays zero."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    adjust_lr_fn: str | None = None
+    """original: lr * sqrt(max(1, rows / columns)); match_rms_adamw: lr * 0.2 * sqrt(max(rows,
+    columns)), which suits AdamW's learning rates.  None is `original`."""
+    ns_dtype: str = "bfloat16"
+    """In which Newton-Schulz runs: bfloat16 as in torch, or float32, whose results do not depend on
+    the layout."""
+    adamw_lr: float | None = None
+    """Of parameters that are no matrices, of embeddings and of the head.  None: `lr`."""
+    adamw_betas: tuple[float, float] = (0.9, 0.999)
+    adamw_eps: float = 1e-8
+    adamw_weight_decay: float | None = None
+    """None: `weight_decay`."""
+
+    def __post_init__(self) -> None:
+        """Check."""
+        numbers = ("lr", "weight_decay", "momentum", "eps", "adamw_lr", "adamw_eps")
+        for name in (*numbers, "adamw_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"Muon: {name} must be 0 or more: {value!r}")
+        for name, length in (("ns_coefficients", 3), ("adamw_betas", 2)):
+            if len(getattr(self, name)) != length:
+                raise ConfigError(f"Muon: {name} must be {length} numbers: {getattr(self, name)!r}")
+        if not isinstance(self.ns_steps, int) or not 1 <= self.ns_steps < 100:
+            raise ConfigError(f"Muon: ns_steps must be between 1 and 99: {self.ns_steps!r}")
+        if self.adjust_lr_fn is not None:
+            check_known("adjust_lr_fn", [self.adjust_lr_fn], ["original", "match_rms_adamw"])
+        check_known("ns_dtype", [self.ns_dtype], ["bfloat16", "float32"])
 
 
 class Muon(torch.optim.Optimizer):
     """Optimizer over the pieces of `shards`; each group says `use_muon`.
 
-    lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
-    torch.optim.Muon.  ns_dtype: in which Newton-Schulz runs; torch's is bfloat16, float32 gives
-    the same result on every layout.  adamw_*: of parameters that are no matrices, embeddings and
-    the head; adamw_lr and adamw_weight_decay are Muon's if None.  Raises ConfigError.
+    `options` are MuonOptions'.
     """
 
     def __init__(
         self,
         params: list[dict[str, Any]],
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = None,
-        ns_dtype: str = "bfloat16",
-        adamw_lr: float | None = None,
-        adamw_betas: tuple[float, float] = (0.9, 0.999),
-        adamw_eps: float = 1e-8,
-        adamw_weight_decay: float | None = None,
         *,
         shards: Sequence[ShardedParameters] = (),
+        **options: Any,
     ) -> None:
-        options = {
-            key: value for key, value in locals().items() if key not in _NO_OPTIONS
-        }
-        _check(options)
-        super().__init__(params, options)
+        super().__init__(params, dataclasses.asdict(MuonOptions(**options)))
         self.shards = shards
 
     @torch.no_grad()
@@ -118,22 +142,3 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-_NO_OPTIONS = ("self", "params", "shards", "__class__")
-
-
-def _check(options: dict[str, Any]) -> None:
-    """Raise ConfigError for values that cannot work."""
-    for name in ("lr", "weight_decay", "momentum", "eps", "adamw_lr", "adamw_eps"):
-        value = options[name]
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"Muon: {name} must be 0 or more: {value!r}")
-    if len(options["ns_coefficients"]) != 3:
-        raise ConfigError(f"Muon: ns_coefficients must be three: {options['ns_coefficients']!r}")
-    steps = options["ns_steps"]
-    if not isinstance(steps, int) or not 1 <= steps < 100:
-        raise ConfigError(f"Muon: ns_steps must be between 1 and 99: {steps!r}")
-    if options["adjust_lr_fn"] is not None:
-        check_known("adjust_lr_fn", [options["adjust_lr_fn"]], ADJUSTMENTS[1:])
-    check_known("ns_dtype", [options["ns_dtype"]], ["bfloat16", "float32"])

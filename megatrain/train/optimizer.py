@@ -1,22 +1,33 @@
-"""The optimizer of one adapter: torch's own, on float32 master weights that are split over DP."""
+"""The optimizer of one adapter, on float32 master weights that are split over DP.
 
-from collections.abc import Sequence
+AdamW, Adam and SGD are torch's own, entry by entry; Muon is muon.py's.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from megatrain.errors import ConfigError, StateError
 from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
-from megatrain.train.sharded import ShardedParameters
+from megatrain.train.muon import Muon, MuonOptions
+from megatrain.train.names import check_known
+from megatrain.train.parameter_groups import GroupOptions, present_keys
+from megatrain.train.sharded_fsdp import make_shards
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "default": torch.optim.AdamW,
     "AdamW": torch.optim.AdamW,
     "Adam": torch.optim.Adam,
     "SGD": torch.optim.SGD,
+    "Muon": Muon,
 }
-"""By exact name.  Each works entry by entry, which is what splitting the masters needs."""
+"""By exact name."""
 
 
 class GradientAccumulator:
@@ -30,7 +41,7 @@ class GradientAccumulator:
         }
         # A stage without trained parameters still takes part in collectives over all ranks.
         self.shards = [
-            ShardedParameters(members, groups, is_expert=is_expert)
+            make_shards(members, groups, is_expert=is_expert)
             for is_expert, members in kinds.items()
             if members
         ]
@@ -75,6 +86,11 @@ class GradientAccumulator:
         for shard, old in zip(self.shards, sums, strict=True):
             shard.grad_P.copy_(old)
 
+    def fetch(self) -> None:
+        """Bring reduced gradients to an offloaded optimizer."""
+        for shard in self.shards:
+            shard.fetch_gradients()
+
     def zero(self) -> None:
         """Forget gradients and tokens."""
         for shard in self.shards:
@@ -83,29 +99,75 @@ class GradientAccumulator:
 
 
 def make_optimizer(
-    name: str, accumulator: GradientAccumulator, options: dict[str, Any]
+    name: str, accumulator: GradientAccumulator, options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return torch's optimizer over this rank's master weights.
+    """Return an optimizer over this rank's master weights, as `set_optimizer` describes it.
 
-    Raises ConfigError for an unknown name or option.
+    Its parameter groups are the same on every rank and every layout.  Collective over all ranks.
+    Raises ConfigError for an unknown name or option, before anything has changed.
     """
-    masters = [p.parameter for shard in accumulator.shards for p in shard.split(lambda _: 0)]
-    # A stage without trained parameters has an optimizer all the same: its schedule goes on.
-    masters = masters or [torch.nn.Parameter(torch.zeros(0, device=accumulator.groups.device))]
-    return _construct(name, masters, options)
+    defaults = check_optimizer(name, options)
+    own, grouping, offload = _sort(name, options)
+    trained = [t for shard in accumulator.shards for t in shard.trained]
+    muon = OPTIMIZERS[name] is Muon
+    if muon and any(isinstance(t.parameter, DTensor) for t in trained):
+        raise ConfigError("Muon needs whole matrices and fsdp shards them", hint="use AdamW")
+    keys = present_keys(grouping, trained, accumulator.groups, muon=muon)
+    for shard in accumulator.shards:
+        shard.place(offload=offload)
+        shard.split(lambda t: keys.index(grouping.key_of(t, muon=muon)))
+    pieces = [piece for shard in accumulator.shards for piece in shard.pieces]
+    device = torch.device("cpu") if offload else accumulator.groups.device
+    groups = []
+    for number, key in enumerate(keys):
+        members = [piece.parameter for piece in pieces if piece.group == number]
+        # A stage without such parameters has the group all the same: its schedule goes on.
+        members = members or [torch.nn.Parameter(torch.zeros(0, device=device))]
+        groups.append({"params": members, **grouping.overrides(key, defaults)})
+    if muon:
+        own["shards"] = accumulator.shards
+    optimizer = OPTIMIZERS[name](groups, **own)
+    if offload:
+        optimizer.register_step_pre_hook(lambda *_: accumulator.fetch())
+    return optimizer
 
 
-def check_optimizer(name: str, options: dict[str, Any]) -> None:
-    """Raise ConfigError for an unknown name or option."""
-    _construct(name, [torch.nn.Parameter(torch.zeros(1))], options)
-
-
-def _construct(
-    name: str, masters: list[torch.nn.Parameter], options: dict[str, Any]
-) -> torch.optim.Optimizer:
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+def check_optimizer(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with their defaults.  Raises ConfigError for unknown or wrong ones."""
+    check_known("optimizer", [name], OPTIMIZERS)
+    known = {*_own_options(name), "offload_optimizer"}
+    known |= {field.name for field in dataclasses.fields(GroupOptions)}
+    if OPTIMIZERS[name] is not Muon:
+        known.remove("adamw_parameters")
+    check_known(f"option of {name}", options, known)
+    own, grouping, _ = _sort(name, options)
     try:
-        return OPTIMIZERS[name](masters, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} does not take these options: {options}: {error}") from error
+        optimizer = OPTIMIZERS[name]([{"params": [torch.nn.Parameter(torch.zeros(1))]}], **own)
+        muon = OPTIMIZERS[name] is Muon
+        for key in grouping.keys(muon=muon):
+            grouping.overrides(key, optimizer.defaults)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = dict(options)
+        raise ConfigError(f"{name} does not take these options: {given}: {error}") from error
+    return optimizer.defaults
+
+
+def _sort(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], GroupOptions, bool]:
+    """Return the optimizer's own options, those that make groups, and whether to offload."""
+    own = dict(options)
+    offload = own.pop("offload_optimizer", False)
+    if not isinstance(offload, bool):
+        raise ConfigError(f"offload_optimizer must be True or False: {offload!r}")
+    names = [field.name for field in dataclasses.fields(GroupOptions) if field.name in own]
+    grouping = GroupOptions(**{each: own.pop(each) for each in names})
+    if OPTIMIZERS[name] is not Muon and own.get("foreach") is None and own.get("fused") is None:
+        own["fused"] = True  # one pass over memory, on the CPU as well
+    return own, grouping, offload
+
+
+def _own_options(name: str) -> set[str]:
+    """Return what the optimizer takes, without what cannot work on flat master weights."""
+    if OPTIMIZERS[name] is Muon:
+        return {field.name for field in dataclasses.fields(MuonOptions)}
+    taken = set(inspect.signature(OPTIMIZERS[name]).parameters)
+    return taken - {"params", "capturable", "differentiable"}

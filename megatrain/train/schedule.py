@@ -1,32 +1,146 @@
-"""Learning rate schedules by name: Transformers' own, under the names that users know."""
+"""Learning rate schedules by name: Transformers' own, and Megatron's as `default`.
 
-from collections.abc import Callable
+A schedule is a function of the number of steps taken, by which the learning rate of every
+parameter group is multiplied.  So that number is all its state.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from megatrain.errors import ConfigError
+from megatrain.train.names import check_known
 
-SCHEDULES: dict[str, Callable[..., torch.optim.lr_scheduler.LambdaLR]] = {
-    "ConstantWarmupScheduler": get_constant_schedule_with_warmup,
-    "LinearWarmupScheduler": get_linear_schedule_with_warmup,
-    "CosineWarmupScheduler": get_cosine_schedule_with_warmup,
+TRANSFORMERS = {
+    kind.value: function
+    for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
+    if kind.value not in ("reduce_lr_on_plateau", "greedy")
 }
-"""All take num_warmup_steps; linear and cosine also num_training_steps."""
+"""By the names of transformers.SchedulerType, without those that follow a metric."""
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    **TRANSFORMERS,
+    "ConstantWarmupScheduler": TRANSFORMERS["constant_with_warmup"],
+    "LinearWarmupScheduler": TRANSFORMERS["linear"],
+    "CosineWarmupScheduler": TRANSFORMERS["cosine"],
+}
+"""Options are those of Transformers' functions: num_warmup_steps, num_training_steps, ..."""
+
+
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """A factor by number of steps, on every parameter group of an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go to where `state_dict` was; learning rates are then the same, bit for bit."""
+        self.last_epoch = int(state_dict["last_epoch"])
+        self._step_count = self.last_epoch + 1
+        rates = [
+            base * factor(self.last_epoch)
+            for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
 
 
 def make_schedule(
-    name: str, optimizer: torch.optim.Optimizer, options: dict[str, Any]
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a schedule over `optimizer`.  Raises ConfigError for an unknown name or option."""
-    if name not in SCHEDULES:
-        raise ConfigError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULES)}")
+    name: str, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+) -> Schedule:
+    """Return a schedule over `optimizer`.
+
+    Raises ConfigError for an unknown name or option, before a learning rate has changed.
+    """
+    lr = float(optimizer.defaults["lr"])
+    return Schedule(optimizer, _factor(name, lr, options))
+
+
+def check_schedule(name: str, options: Mapping[str, Any], *, lr: float = 1e-3) -> None:
+    """Raise ConfigError for an unknown name or option, given the optimizer's learning rate."""
+    _factor(name, lr, options)(0)
+
+
+def _factor(name: str, lr: float, options: Mapping[str, Any]) -> Callable[[int], float]:
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ConfigError(
+            f"the scheduler {name!r} follows a metric, and lr_step has none",
+            hint="choose one that depends on the number of steps, cosine for example",
+        )
+    check_known("scheduler", [name], {*SCHEDULES, "default"})
+    if name == "default":
+        known = set(inspect.signature(_megatron).parameters) - {"lr"}
+        check_known("option of default", options, known)
+        return _call(name, _megatron, options, lr=lr)
+    known = set(inspect.signature(SCHEDULES[name]).parameters) - {"optimizer", "last_epoch"}
+    check_known(f"option of {name}", options, known)
+    # On an optimizer of its own: making a schedule sets learning rates at once.
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(0))], lr=lr)
+    factor: Callable[[int], float] = _call(
+        name, SCHEDULES[name], options, optimizer=stand_in
+    ).lr_lambdas[0]
+    return factor
+
+
+def _call(name: str, function: Callable[..., Any], options: Mapping[str, Any], **more: Any) -> Any:
     try:
-        return SCHEDULES[name](optimizer, **options)
-    except TypeError as error:
-        raise ConfigError(f"{name} does not take these options: {options}: {error}") from error
+        return function(**more, **options)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        given = dict(options)
+        raise ConfigError(f"{name} does not take these options: {given}: {error}") from error
+
+
+def _megatron(
+    *,
+    lr: float,
+    lr_decay_steps: int,
+    max_lr: float | None = None,
+    min_lr: float = 0.0,
+    lr_warmup_steps: int = 0,
+    lr_warmup_init: float = 0.0,
+    lr_decay_style: str = "cosine",
+) -> Callable[[int], float]:
+    """Return megatron-core's OptimizerParamScheduler as a factor on the optimizer's `lr`.
+
+    Linear warmup from lr_warmup_init to max_lr (the optimizer's lr if None) over lr_warmup_steps,
+    then cosine, linear, inverse-square-root or constant, down to min_lr at lr_decay_steps; min_lr
+    after that.
+    """
+    max_lr = lr if max_lr is None else max_lr
+    check_known(
+        "lr_decay_style",
+        [lr_decay_style],
+        ["cosine", "linear", "inverse-square-root", "constant"],
+    )
+    if not 0 <= min_lr <= max_lr or not 0 <= lr_warmup_init <= max_lr or not lr > 0:
+        raise ConfigError(
+            "default: rates must be 0 <= min_lr, lr_warmup_init <= max_lr, and the optimizer's lr "
+            f"positive: min_lr={min_lr}, lr_warmup_init={lr_warmup_init}, max_lr={max_lr}, lr={lr}"
+        )
+    if not lr_decay_steps > 0 or not lr_warmup_steps >= 0:
+        raise ConfigError(
+            "default: lr_decay_steps must be positive and lr_warmup_steps 0 or more: "
+            f"{lr_decay_steps}, {lr_warmup_steps}"
+        )
+
+    def factor(step: int) -> float:
+        if lr_warmup_steps > 0 and step <= lr_warmup_steps:
+            rate = lr_warmup_init + (max_lr - lr_warmup_init) * step / lr_warmup_steps
+        elif lr_decay_style == "constant":
+            rate = max_lr
+        elif step > lr_decay_steps:
+            rate = min_lr
+        elif lr_decay_style == "inverse-square-root":
+            rate = max(min_lr, max_lr * max(lr_warmup_steps, 1) ** 0.5 / max(step, 1) ** 0.5)
+        else:
+            done = (step - lr_warmup_steps) / (lr_decay_steps - lr_warmup_steps)
+            left = 1 - done if lr_decay_style == "linear" else (math.cos(math.pi * done) + 1) / 2
+            rate = min_lr + left * (max_lr - min_lr)
+        return rate / lr
+
+    return factor

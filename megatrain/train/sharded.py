@@ -64,6 +64,9 @@ class ShardedParameters:
         self.is_offloaded = False
         self._grad_on_cpu_Q: Tensor | None = None
         self.pieces: list[Piece] = []
+        self.group_of_trained: list[int] = []
+        """Parameter group of each of `trained`, once they are split."""
+        self._counted = self._runs_that_count()
         self._hook_gradients()
         self.read_parameters()
 
@@ -143,7 +146,7 @@ class ShardedParameters:
         so the optimizer has the same kinds of state on all of them.
         """
         self.pieces, stop = [], 0
-        groups = [group_of(t) for t in self.trained]
+        self.group_of_trained = groups = [group_of(t) for t in self.trained]
         for number, (group, parameter) in enumerate(zip(groups, self.parameters, strict=True)):
             if number == 0 or group != groups[number - 1]:
                 start = stop
@@ -164,10 +167,11 @@ class ShardedParameters:
             self.pieces.append(Piece(parameter, start, stop, group))
 
     def _link_gradients(self) -> None:
-        grad = self.grad_Q if self._grad_on_cpu_Q is None else self._grad_on_cpu_Q
+        grad = self.grad_Q
+        if grad is not None and self._grad_on_cpu_Q is not None:
+            grad = self._grad_on_cpu_Q
         for piece in self.pieces:
-            has_none = grad is None or self.grad_Q is None
-            piece.parameter.grad = None if has_none else grad[piece.start : piece.stop]
+            piece.parameter.grad = None if grad is None else grad[piece.start : piece.stop]
 
     def reduce(self, scale: float) -> None:
         """Put the scaled sum of gradients over all ranks into grad_Q.  Collective."""
@@ -176,12 +180,11 @@ class ShardedParameters:
         for view, tie in zip(self.views(self.grad_P), self.ties, strict=True):
             if tie is not None:
                 dist.all_reduce(view, group=self.tie_group)
+        self.grad_Q = self.grad_P
         if self.data_group.size() > 1:
             self.grad_Q = self.grad_P.new_empty(self.shard_size)
             dist.reduce_scatter_tensor(self.grad_Q, self.grad_P, group=self.data_group)
-            self.grad_Q.mul_(scale)
-        else:
-            self.grad_Q = self.grad_P * scale
+        self.grad_Q.mul_(scale)
         self._link_gradients()
 
     def squared_norm(self) -> Tensor:
@@ -190,13 +193,25 @@ class ShardedParameters:
         What all TP ranks hold counts on the first of them, a tied embedding on the first stage.
         """
         assert self.grad_Q is not None
-        counted = torch.ones(self.grad_P.numel(), dtype=torch.bool, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start, stop in self._counted:
+            norm = torch.linalg.vector_norm(self.grad_Q[start:stop], dtype=torch.float64)
+            total += norm.square()
+        return total
+
+    def _runs_that_count(self) -> list[tuple[int, int]]:
+        """Return the runs of this rank's Q entries whose squares are part of the norm."""
+        counted = torch.ones(self.size, dtype=torch.bool)
         if self.tp_group.rank() > 0:
             counted[: self.num_replicated] = False
         for view, tie in zip(self.views(counted), self.ties, strict=True):
             if tie == 1:
                 view.fill_(False)
-        return self.grad_Q.double().square().masked_fill(~self.shard_of(counted), 0.0).sum()
+        edges = torch.zeros(self.shard_size + 2, dtype=torch.int8)
+        mine = self.shard_of(counted)
+        edges[1 : 1 + len(mine)] = mine
+        runs = edges.diff().nonzero().flatten().view(-1, 2).tolist()
+        return [(start, stop) for start, stop in runs]
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -243,7 +258,9 @@ class ShardedParameters:
             keys = state_keys(optimizer, piece.group) if state or counters else ()
             new[piece.parameter] = self._state_of(piece, keys, state, counters)
             if COUNTER in new[piece.parameter] and optimizer.param_groups[piece.group].get("fused"):
-                new[piece.parameter][COUNTER] = new[piece.parameter][COUNTER].to(self.master_Q.device)
+                new[piece.parameter][COUNTER] = new[piece.parameter][COUNTER].to(
+                    self.master_Q.device
+                )
         for parameter, values in new.items():
             optimizer.state[parameter] = values
 

@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megatrain.model.fsdp import local
+from megatrain.model.fsdp import gather_rows, local
 from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
 from megatrain.train.sharded import ShardedParameters
@@ -81,42 +80,14 @@ class FsdpParameters:
 
         Exact, in the dtype of `values_Q`.  Collective over the ranks of all replicas.
         """
-        mine = self._rows.gather_flat(values_Q)[: self._rows.size]
-        ranks = self._group.size()
-        # The first ranks may have a row more of each parameter than the last.
-        most = sum(len(self._rows_of(each, 0)) * _width(each) for each in self.trained)
-        padded = mine.new_zeros(most)
-        padded[: mine.numel()] = mine
-        everyone = mine.new_empty(ranks * most)
-        dist.all_gather_into_tensor(everyone, padded, group=self._group)
-        whole = mine.new_empty(self.size)
-        starts = [rank * most for rank in range(ranks)]
-        for each, view in zip(self.trained, self.views(whole), strict=True):
-            for rank in range(ranks):
-                rows = self._rows_of(each, rank)
-                stop = starts[rank] + len(rows) * _width(each)
-                part = everyone[starts[rank] : stop]
-                view[rows.start : rows.stop] = part.view(len(rows), *view.shape[1:])
-                starts[rank] = stop
-        return whole
+        rows = self._rows.views(self._rows.gather_flat(values_Q))
+        shapes = [each.parameter.shape for each in self.trained]
+        return torch.cat([t.reshape(-1) for t in gather_rows(rows, shapes, self._group)])
 
     def shard_of(self, flat_P: Tensor) -> Tensor:
         """Return this rank's entries (Q,) of a flat buffer (P,), as a copy."""
         own = flat_P.new_zeros(self._rows.grad_P.shape)
-        rank = self._group.rank()
-        for each, view, target in zip(
-            self.trained, self.views(flat_P), self._rows.views(own), strict=True
-        ):
-            rows = self._rows_of(each, rank)
-            target.copy_(view[rows.start : rows.stop])
+        for whole, rows in zip(self.views(flat_P), self._rows.views(own), strict=True):
+            first = self._group.rank() * -(-whole.shape[0] // self._group.size())
+            rows.copy_(whole[first : first + len(rows)])
         return self._rows.shard_of(own)
-
-    def _rows_of(self, trained: TrainedParameter, rank: int) -> range:
-        """Return which rows of a parameter a rank of the fsdp axis keeps, as torch cuts them."""
-        num_rows = trained.parameter.shape[0]
-        most = -(-num_rows // self._group.size())
-        return range(min(rank * most, num_rows), min((rank + 1) * most, num_rows))
-
-
-def _width(trained: TrainedParameter) -> int:
-    return trained.parameter.shape[1:].numel()

@@ -188,9 +188,11 @@ class Trainer:
         if self.network.has_scores:
             return ScoresOnly() if len(inputs) % loss.unit else loss
         needed = {key for key, spec in loss.inputs.items() if spec.required}
-        first = inputs[0] if isinstance(inputs, Sequence) and inputs else {}
-        given = {*loss_inputs, *(first if isinstance(first, Mapping) else {})}
-        return loss if loss_inputs or needed <= given else CrossEntropyLoss()
+        if not needed or loss_inputs:
+            return loss
+        first: Any = inputs[0] if isinstance(inputs, Sequence) and inputs else None
+        given = first.keys() if isinstance(first, Mapping) else set()
+        return loss if needed <= given else CrossEntropyLoss()
 
     def _plan(
         self,
@@ -204,12 +206,13 @@ class Trainer:
         Raises DataError on every rank if any rank refuses its batch or has another one.
         Collective.
         """
-        network, config = self.network, self.network.config
+        network, config, loss = self.network, self.network.config, rules.loss
+        assert loss is not None
         tokens, size = config.max_tokens_per_microbatch, config.micro_batch_size
         if micro_batch_size is not None:
             tokens, size = None, micro_batch_size
         try:
-            check_names(rules.loss, loss_inputs)
+            check_names(loss, loss_inputs)
             data = check_batch(inputs, rules, loss_inputs)
             plan = BatchPlan(data, network.groups, rules, max_tokens=tokens, max_data=size)
             batches = plan.micro_batches()

@@ -8,12 +8,18 @@ import megatrain
 from megatrain.api.megatron_model import MegatronModel
 
 METHODS = {
-    "__init__": "(self, model_id, *, mixed_precision='bf16', **options)",
+    "__init__": "(self, model_id, *, device_mesh=None, mixed_precision='bf16', **options)",
     "add_adapter_to_model": "(self, adapter_name, config, *, gradient_accumulation_steps=1)",
     "set_optimizer": "(self, optimizer_cls='AdamW', *, adapter_name=None, **options)",
     "set_lr_scheduler": "(self, scheduler_cls, *, adapter_name=None, **options)",
-    "forward_backward": "(self, *, inputs, adapter_name=None)",
-    "forward_only": "(self, *, inputs, adapter_name=None)",
+    "set_loss": "(self, loss_cls, *, adapter_name=None, **options)",
+    "set_processor": "(self, processor_cls, *, adapter_name=None, **options)",
+    "set_template": "(self, template_cls, model_id=None, *, adapter_name=None, **options)",
+    "apply_patch": "(self, patch_cls, **options)",
+    "forward_backward": (
+        "(self, *, inputs, adapter_name=None, micro_batch_size=None, **loss_inputs)"
+    ),
+    "forward_only": "(self, *, inputs, adapter_name=None, micro_batch_size=None, **loss_inputs)",
     "clip_grad_and_step": "(self, max_grad_norm=1.0, *, adapter_name=None)",
     "clip_grad_norm": "(self, max_grad_norm=1.0, *, adapter_name=None)",
     "step": "(self, *, adapter_name=None)",

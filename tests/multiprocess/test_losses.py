@@ -16,6 +16,13 @@ LOSSES = [
     ("GRPOLoss", {"epsilon": 0.2, "beta": 0.04}, ["old_logps", "ref_logps", "advantages"]),
     ("GRPOLoss", {"loss_type": "dapo", "delta": 3.0}, ["old_logps", "advantages"]),
     ("PPOLoss", {}, ["old_logps", "advantages"]),
+    ("GSPOLoss", {}, ["old_logps", "advantages"]),
+    (
+        "GRPOLoss",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        ["old_logps", "advantages"],
+    ),
+    ("MPOLoss", {}, ["ref_logps"]),
     ("DPOLoss", {"beta": 0.1}, ["ref_logps"]),
     ("SimPOLoss", {}, []),
     ("ORPOLoss", {}, []),

@@ -63,8 +63,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the file; return 0."""
     from megatrain.cli.bench import report  # imports stay off the path of `--help`
-    from megatrain.cli.bench.flops import Work
     from megatrain.cli.bench.race import Race
+    from megatrain.config.estimate.work import Work
 
     _check_file(args.out)
     with ExitStack() as stack:

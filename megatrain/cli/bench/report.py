@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatrain.cli.bench.flops import Work
 from megatrain.cli.bench.job import Job
 from megatrain.cli.bench.race import HOPELESS, ROUNDS_FOR_ALL, Entrant, Outcome, median
+from megatrain.config.estimate.work import Work
 
 PACKAGES = (
     "megatrain",

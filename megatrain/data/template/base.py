@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 
-from megatrain.data.template.marking import Marked, Span, render_marked
+from megatrain.data.template.marking import Marked, render_marked
 from megatrain.data.template.messages import Conversation, Message, read_conversation
 from megatrain.data.template.tokenizer import (
     check_fast,
@@ -14,7 +14,7 @@ from megatrain.data.template.tokenizer import (
     load_tokenizer,
     special_tokens,
 )
-from megatrain.data.template.tokens import labels_of, num_labels
+from megatrain.data.template.tokens import Span, labels_of, num_labels
 from megatrain.data.template.turns import Stops, spans_by_message, underivable
 from megatrain.errors import ConfigError, DataError
 from megatrain.types import IGNORED_LABEL
@@ -36,8 +36,7 @@ class Template:
         "last": its last message alone.  "all": every token.  A message's own "loss", true or
         false, wins over this.
     chat_template: a Jinja file, or its text, instead of the tokenizer's.
-    enable_thinking: given to the chat template, if not None (Qwen3 and others).
-    chat_template_kwargs: more variables for the chat template.
+    chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
 
     A subclass may override `render`, then also `message_spans`, or `encode` as a whole.
     """
@@ -51,7 +50,6 @@ class Template:
         truncation_strategy: Truncation = "raise",
         loss_on: LossOn = "assistant",
         chat_template: str | Path | None = None,
-        enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         _check_choice("truncation_strategy", truncation_strategy, get_args(Truncation))
@@ -67,8 +65,6 @@ class Template:
         self.loss_on = loss_on
         self.chat_template = None if chat_template is None else _read_template(chat_template)
         self.variables = dict(chat_template_kwargs or {})
-        if enable_thinking is not None:
-            self.variables["enable_thinking"] = enable_thinking
         self.stops = Stops(special_tokens(self.tokenizer), end_tokens(self.tokenizer))
 
     def encode(self, row: Row, add_generation_prompt: bool = False) -> dict[str, Any] | None:
@@ -136,11 +132,13 @@ class Template:
         source = self.tokenizer.get_chat_template(self.chat_template, tools=conversation.tools)
         variables = {**self.tokenizer.special_tokens_map, **self.variables, "documents": None}
 
-        def render(messages: Sequence[Message], add_generation_prompt: bool) -> Marked:
-            more = {"tools": conversation.tools, "add_generation_prompt": add_generation_prompt}
-            return render_marked(source, messages, {**variables, **more})
+        def render(
+            messages: Sequence[Message], add_generation_prompt: bool = False, **more: Any
+        ) -> Marked:
+            fixed = {"tools": conversation.tools, "add_generation_prompt": add_generation_prompt}
+            return render_marked(source, messages, {**variables, **fixed, **more})
 
-        marked = render(conversation.messages, False)
+        marked = render(conversation.messages)
         if marked.text != text:
             raise underivable("render() does not write what the chat template writes")
         return spans_by_message(render, conversation.messages, marked, self.stops)
@@ -150,8 +148,11 @@ class Template:
         if add_generation_prompt:
             return self._encode_prompt(conversation)
         turns = conversation.turns()
-        last_only = self.loss_on == "last" or isinstance(row.get("label"), bool)
-        wanted = set(turns[-1:] if last_only else turns)
+        if isinstance(row.get("label"), bool):
+            return self._finish(*self._encode_messages(conversation, turns[-1:]))
+        if self.loss_on == "all":
+            return self._finish(*self._encode_everything(conversation))
+        wanted = turns[-1:] if self.loss_on == "last" else turns
         return self._finish(*self._encode_messages(conversation, wanted))
 
     def _encode_prompt(self, conversation: Conversation) -> dict[str, Any] | None:
@@ -162,13 +163,13 @@ class Template:
             )
         text = self._render(conversation, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if self.max_length is not None and len(ids) > self.max_length:
-            if self.truncation_strategy == "right":
-                raise DataError(
-                    f"a prompt has {len(ids)} tokens, more than max_length {self.max_length}; "
-                    'truncation_strategy "right" would cut off the generation prompt',
-                    hint='"left" or "delete" can be used for prompts',
-                )
+        too_long = self.max_length is not None and len(ids) > self.max_length
+        if too_long and self.truncation_strategy == "right":
+            raise DataError(
+                f"a prompt has {len(ids)} tokens, more than max_length {self.max_length}; "
+                'truncation_strategy "right" would cut off the generation prompt',
+                hint='"left" or "delete" can be used for prompts',
+            )
         cut = self._truncate(list(ids))
         return None if cut is None else _sizes(cut, [IGNORED_LABEL] * len(cut))
 
@@ -181,11 +182,12 @@ class Template:
         num_prompt = (*same, False).index(False)
         encoded: dict[str, Any] = {"length": 0, "num_labels": 0}
         for side, conversation in sides.items():
-            wanted = {turn for turn in conversation.turns() if turn >= num_prompt}
+            wanted = [turn for turn in conversation.turns() if turn >= num_prompt]
             if not wanted:
                 raise DataError(
                     f"{side} has no assistant message of its own; {num_prompt} messages are shared"
                 )
+            wanted = wanted[-1:] if self.loss_on == "last" else wanted
             finished = self._finish(*self._encode_messages(conversation, wanted))
             if finished is None:
                 return None
@@ -207,38 +209,45 @@ class Template:
         return ids, ids
 
     def _encode_messages(
-        self, conversation: Conversation, wanted: set[int]
+        self, conversation: Conversation, wanted: Sequence[int]
     ) -> tuple[list[int], list[int]]:
         """Return tokens and labels; `wanted` are the messages with a loss unless they say else."""
-        text = self._render(conversation)
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        everything = self.loss_on == "all" and len(wanted) == len(conversation.turns())
-        if everything and False not in conversation.loss:
-            return ids, list(ids)
+        text, ids, offsets = self._tokenize(conversation)
         spans = self.message_spans(conversation, text)
-        if everything:
-            off = [span for i, loss in enumerate(conversation.loss) if loss is False for span in spans[i]]
-            masked = labels_of(ids, offsets, off)
-            pairs = zip(ids, masked, strict=True)
-            return ids, [t if label == IGNORED_LABEL else IGNORED_LABEL for t, label in pairs]
-        on = [
+        chosen = [
             span
             for index, loss in enumerate(conversation.loss)
             if (index in wanted if loss is None else loss)
             for span in spans[index]
         ]
-        return ids, labels_of(ids, offsets, on)
+        return ids, labels_of(ids, offsets, chosen)
+
+    def _encode_everything(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Return tokens and labels: all tokens but those of messages that refuse a loss."""
+        text, ids, offsets = self._tokenize(conversation)
+        refused = [index for index, loss in enumerate(conversation.loss) if loss is False]
+        if not refused:
+            return ids, list(ids)
+        spans = self.message_spans(conversation, text)
+        off = labels_of(ids, offsets, [span for index in refused for span in spans[index]])
+        pairs = zip(ids, off, strict=True)
+        return ids, [t if label == IGNORED_LABEL else IGNORED_LABEL for t, label in pairs]
+
+    def _tokenize(self, conversation: Conversation) -> tuple[str, list[int], Sequence[Span]]:
+        text = self._render(conversation)
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return text, list(encoded["input_ids"]), encoded["offset_mapping"]
 
     def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         try:
             return self.render(conversation.messages, conversation.tools, add_generation_prompt)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise DataError(
                 f"the chat template refuses these messages: {error}",
-                hint="see which roles, and in which order, the model's template takes",
+                hint="see which roles, in which order, it takes, and whether arguments of tool "
+                "calls are text or mappings",
             ) from error
 
     def _truncate(self, tokens: list[int]) -> list[int] | None:

@@ -21,8 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-Span = tuple[int, int]
-"""First character, and the one behind the last."""
+from megatrain.data.template.tokens import Span
 
 _OPEN, _SHUT = "\U0010fb01", "\U0010fb02"
 """Around a mark: private characters of Unicode."""
@@ -141,7 +140,7 @@ class _MarkLoops(NodeTransformer):
     def __init__(self) -> None:
         self._count = 0
 
-    def visit_For(self, node: nodes.For) -> Any:  # noqa: N802 - the visitor's naming
+    def visit_For(self, node: nodes.For) -> Any:
         loop, self._count = self._count, self._count + 1
         self.generic_visit(node)
         if not isinstance(node.target, nodes.Name):

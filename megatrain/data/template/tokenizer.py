@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from megatrain.checkpoint.locate import locate
+from megatrain.checkpoint.locate import TOKENIZER_FILES, locate
 from megatrain.errors import CheckpointError, ConfigError
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -16,7 +16,7 @@ def load_tokenizer(model_id: str) -> Any:
     """Return the fast tokenizer of `model_id`: a folder that has one, or what locate() takes."""
     folder = Path(model_id).expanduser()
     if not any((folder / name).is_file() for name in FILES):
-        folder = locate(model_id)
+        folder = locate(model_id, TOKENIZER_FILES)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from megatrain.types import IGNORED_LABEL
 
 Span = tuple[int, int]
+"""First character, and the one behind the last."""
 
 
 def covered(offsets: Sequence[Span]) -> list[Span]:

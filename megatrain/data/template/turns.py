@@ -1,19 +1,21 @@
 """Which characters of a rendered conversation the assistant says, turn by turn.
 
 A turn begins where the generation prompt ends, so that it is what a model has to write after the
-prompt: thinking and tool calls included.  It ends with the token that ends the turn, so that the
-model learns to stop; white space behind that token is the template's and does not count.
+prompt: thinking and tool calls included, and a thinking block that the prompt opens left out.  It
+ends with the token that ends the turn, so that the model learns to stop; white space behind that
+token is the template's and does not count.
 Where the template has `{% generation %}` blocks, they are taken as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from megatrain.data.template.marking import Marked, Span
+from megatrain.data.template.marking import Marked
 from megatrain.data.template.messages import Message
+from megatrain.data.template.tokens import Span
 from megatrain.errors import ConfigError
 
 PROBE = "\u2e3b\u29d7\u2e3b"
@@ -24,8 +26,13 @@ WAY_OUT = (
     'template (chat_template="my.jinja"), or override Template.message_spans'
 )
 
-Render = Callable[[Sequence[Message], bool], Marked]
-"""(messages, add_generation_prompt) -> the marked rendering."""
+
+class Render(Protocol):
+    """Renders messages with marks; `variables` win over those of the conversation."""
+
+    def __call__(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any
+    ) -> Marked: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,8 @@ def spans_by_message(
             spans[index] = _inside(marked.generations, marked.regions[index])
         else:
             spans[index] = _turn(render, messages, marked, index, stops)
+    if not marked.has_generation:
+        _check_regions(messages, marked)
     if sum(map(len, spans)) < len(marked.generations):
         raise underivable("a {% generation %} block lies outside the loop over the messages")
     return spans
@@ -60,6 +69,16 @@ def underivable(reason: str) -> ConfigError:
     return ConfigError(
         f"what the assistant says cannot be told from this chat template: {reason}", hint=WAY_OUT
     )
+
+
+def _check_regions(messages: Sequence[Message], marked: Marked) -> None:
+    """Refuse templates that write a tool's answer as part of the assistant's turn."""
+    roles = [message["role"] for message in messages]
+    first = roles.index("assistant") if "assistant" in roles else len(roles)
+    for index in range(first, len(roles)):
+        asked = roles[index] in ("user", "tool") and messages[index]["content"]
+        if asked and not marked.regions[index]:
+            raise underivable(f"message {index} ({roles[index]}) is written within another's turn")
 
 
 def _inside(generations: Sequence[Span], region: Sequence[Span]) -> list[Span]:
@@ -83,15 +102,33 @@ def _turn(
     ((start, end),) = region
     said = marked.text[start:end]
     header = _header(render, messages, index, said)
-    end = start + _end(render, messages, index, said, marked.text[end:], stops)
-    return [(start + header, end)]
+    length = _end(render, messages, index, said, marked.text[end:], stops)
+    _check_said(index, messages[index], said[header:length])
+    return [(start + header, start + length)]
+
+
+def _check_said(index: int, message: Message, said: str) -> None:
+    """Refuse templates that leave out a tool call, or change the words."""
+    for call in message.get("tool_calls", ()):
+        name = call.get("function", call).get("name", "")
+        if name not in said:
+            raise ConfigError(
+                f"the chat template does not write the tool calls of message {index}",
+                hint='write them into the content, or use a chat template that does ("tool_use")',
+            )
+    content = message["content"]
+    plain = isinstance(content, str) and "<" not in content and "tool_calls" not in message
+    if plain and content.strip() not in said:
+        raise underivable(f"message {index} is not written as it is: {said!r}")
 
 
 def _header(render: Render, messages: Sequence[Message], index: int, said: str) -> int:
     """Return how many characters of the turn the generation prompt gives already."""
-    prompt = _generation_prompt(render, messages[:index])
-    if prompt and said.startswith(prompt):
-        return len(prompt)
+    prompt = ""
+    for candidate in _generation_prompts(render, messages[:index]):
+        if candidate and said.startswith(candidate):
+            return len(candidate)
+        prompt = prompt or candidate
     before, _ = _around_probe(render, messages, index)
     if not prompt:  # such as [INST] ... [/INST]: white space before the answer is generated
         return len(before) if before.strip() and said.startswith(before) else 0
@@ -105,16 +142,20 @@ def _header(render: Render, messages: Sequence[Message], index: int, said: str) 
     return len(shared)
 
 
-def _generation_prompt(render: Render, messages: Sequence[Message]) -> str:
-    """Return what a prompt of `messages` ends with, behind the last message; "" if nothing."""
+def _generation_prompts(render: Render, messages: Sequence[Message]) -> Iterator[str]:
+    """Give what a prompt of `messages` ends with behind the last message, first as it is set up.
+
+    Then with and without thinking: an earlier turn may have been rendered the other way.
+    """
     if not messages:
-        return ""
-    try:
-        prompt = render(messages, True)
-    except TemplateError:  # the template wants more messages than these
-        return ""
-    ends = [end for region in prompt.regions for _, end in region]
-    return prompt.text[max(ends) :] if ends else ""
+        return
+    for variables in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        try:
+            prompt = render(messages, add_generation_prompt=True, **variables)
+        except TemplateError:  # the template wants more messages than these
+            return
+        ends = [end for region in prompt.regions for _, end in region]
+        yield prompt.text[max(ends) :] if ends else ""
 
 
 def _end(
@@ -140,7 +181,7 @@ def _around_probe(render: Render, messages: Sequence[Message], index: int) -> tu
     """Return what a turn has before and behind its content when it has nothing but content."""
     plain: dict[str, Any] = {"role": "assistant", "content": PROBE}
     try:
-        probed = render([*messages[:index], plain, *messages[index + 1 :]], False)
+        probed = render([*messages[:index], plain, *messages[index + 1 :]])
     except TemplateError as error:
         raise underivable(f"it refuses text as message {index}: {error}") from error
     said = "".join(probed.text[start:end] for start, end in probed.regions[index])

@@ -102,6 +102,12 @@ class GRPOLoss(Loss):
         return {**needed, "ref_logps": LossInput()} if self.beta else needed
 
     @property
+    def by_sequence(self) -> bool:  # type: ignore[override]
+        """A ratio or an average a sequence; the mean over labels asks for neither."""
+        labels_alone = self.loss_type in ("dapo", "bnpo")
+        return not labels_alone or self.importance_sampling_level == "sequence"
+
+    @property
     def statistics(self) -> Sequence[str]:  # type: ignore[override]
         """Clip shares, ratio, KL to the old policy; kl to the reference with a KL term."""
         return (*CLIP_STATISTICS, "kl") if self.beta else CLIP_STATISTICS

@@ -61,6 +61,7 @@ class GSPOLoss(ClippedLoss):
     clip_high_threshold: float = 1 + 4e-4
 
     inputs: ClassVar = _INPUTS
+    by_sequence: ClassVar = True
 
     def __call__(self, batch: LossBatch) -> tuple[Tensor, Statistics]:
         logps_N, advantages_N = batch.logps_N, batch.inputs["advantages"]
@@ -75,7 +76,7 @@ class GSPOLoss(ClippedLoss):
         return loss, {**ratio_statistics(gap_N, active_N), **clipped}
 
     def _sequence_log_ratio(self, batch: LossBatch) -> Tensor:
-        gap_N = (batch.logps_N - batch.inputs["old_logps"]).detach()
+        gap_N = batch.logps_N - batch.inputs["old_logps"]
         mask_N = batch.inputs.get("sequence_ratio_mask")
         counted_N = torch.ones_like(gap_N, dtype=torch.bool) if mask_N is None else mask_N != 0
         mean_S = mean_log_ratio(gap_N[counted_N], batch.sequence_N[counted_N], batch.num_sequences)

@@ -54,6 +54,7 @@ class KTOLoss(Loss):
     kl: float | None = None
     """A reference point for the whole run, at least 0, instead of one a call."""
 
+    by_sequence: ClassVar = True
     statistics: ClassVar = (
         "rewards/chosen",
         "rewards/rejected",

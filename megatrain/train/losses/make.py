@@ -32,5 +32,5 @@ def make_loss(
     if not inspect.isclass(target):
         return FunctionLoss(target, **options)
     check_options(target, options, what=f"loss {target.__name__}")
-    kind: type[Loss] = target
-    return kind(**options)
+    loss: Any = target(**options)
+    return loss

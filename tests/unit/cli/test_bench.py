@@ -12,7 +12,6 @@ import pytest
 
 from megatrain.cli.bench import command, report
 from megatrain.cli.bench.data import draw_batch, draw_lengths, padded_batches
-from megatrain.cli.bench.flops import Work
 from megatrain.cli.bench.job import Job
 from megatrain.cli.bench.race import (
     DisagreementError,
@@ -24,6 +23,7 @@ from megatrain.cli.bench.race import (
 from megatrain.cli.bench.shapes import SHAPES
 from megatrain.cli.bench.turns import System
 from megatrain.cli.quickstart.child import ChildFailedError
+from megatrain.config.estimate.work import Work
 from megatrain.errors import ConfigError
 from megatrain.parallel.layout import DeviceMesh
 

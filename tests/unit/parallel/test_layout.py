@@ -44,7 +44,7 @@ def test_a_report_has_every_axis() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, "2", None, True])
-@pytest.mark.parametrize("axis", ["dp", "tp", "pp", "cp", "ep", "etp", "vpp"])
+@pytest.mark.parametrize("axis", ["dp", "tp", "pp", "cp", "ep", "etp", "vpp", "fsdp"])
 def test_a_size_that_is_no_positive_integer_is_refused_by_name(axis: str, size: object) -> None:
     with pytest.raises(LayoutError, match=f"{axis}="):
         DeviceMesh(**{axis: size})  # type: ignore[arg-type]
@@ -79,3 +79,30 @@ def test_a_world_that_differs_from_the_product_is_refused() -> None:
 def test_a_zero_size_is_a_layout_error_even_when_dp_is_left_open() -> None:
     with pytest.raises(ConfigError):
         DeviceMesh.from_sizes(tp_size=0, world_size=2)
+
+
+def test_fsdp_ranks_are_data_parallel_ranks() -> None:
+    mesh = DeviceMesh.from_sizes(fsdp_size=4, dp_size=2, tp_size=2)
+    assert mesh == DeviceMesh(dp=8, fsdp=4, tp=2)
+    assert (mesh.world_size, mesh.describe()) == (16, "dp8·tp2·fsdp4")
+    assert DeviceMesh.from_sizes(fsdp_size=4) == DeviceMesh(dp=4, fsdp=4)
+
+
+def test_the_replicas_of_the_fsdp_ranks_are_what_is_left_of_the_world() -> None:
+    mesh = DeviceMesh.from_sizes(fsdp_size=2, tp_size=2, world_size=8)
+    assert mesh == DeviceMesh(dp=4, fsdp=2, tp=2)
+    message = r"tp \* pp \* cp \* fsdp: world=6, tp=2, pp=1, cp=1, fsdp=2 \(product 4\)"
+    with pytest.raises(LayoutError, match=message):
+        DeviceMesh.from_sizes(fsdp_size=2, tp_size=2, world_size=6)
+
+
+def test_fsdp_must_divide_the_data_parallel_ranks() -> None:
+    with pytest.raises(LayoutError, match="fsdp must divide dp: fsdp=4, dp=2"):
+        DeviceMesh(dp=2, fsdp=4)
+
+
+def test_experts_are_not_spread_over_fsdp_ranks() -> None:
+    with pytest.raises(LayoutError, match="fsdp=2, ep=2, etp=1, tp=1, cp=1") as error:
+        DeviceMesh.from_sizes(fsdp_size=2, ep_size=2)
+    assert error.value.hint == "choose ep * etp among the divisors of 1, or fsdp=1"
+    assert DeviceMesh.from_sizes(fsdp_size=2, tp_size=2, ep_size=2).expert_dp == 2

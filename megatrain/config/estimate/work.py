@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatrain.config.estimate.linears import embedding, head, layer_linears
+from megatrain.config.estimate.model import ModelShape
+
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -22,7 +25,7 @@ class Work:
     total_parameters: int
     active_parameters: int
     """Matrix weights that one token meets: head yes, looked-up embedding no, top-k experts only."""
-    attention_width: int
+    attention_width: float
     """Query heads times head size, summed over the layers with softmax attention."""
 
     @classmethod
@@ -44,16 +47,38 @@ class Work:
             attention_width=heads * head_dim * sum(kind != "linear_attention" for kind in layers),
         )
 
+    @classmethod
+    def of_shape(cls, shape: ModelShape) -> "Work":
+        """Count a model from its sizes alone."""
+        whole = [linear for i in range(shape.layers) for linear in layer_linears(shape, i)]
+        ends = embedding(shape).total * (1 if shape.tied else 2) + shape.hidden
+        active = float(head(shape).total)
+        for linear in whole:
+            if linear.kind != "norm":
+                experts = shape.experts
+                share = experts.per_token / experts.count if linear.is_expert and experts else 1.0
+                active += share * linear.copies * linear.rows * linear.columns
+        total = ends + sum(linear.total for linear in whole)
+        return cls(total, round(active), shape.attention_width)
+
     def forward_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of a forward pass over these sequences."""
-        linear = 2.0 * self.active_parameters * sum(lengths)
         # q k^T and p v are 2 S^2 width each; causal attention needs half of both.
-        attention = 2.0 * self.attention_width * sum(n * n for n in lengths)
-        return linear + attention
+        return self._flops(lengths, linear=2.0, attention=2.0)
 
     def lora_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of forward and backward with a frozen base."""
-        linear = 4.0 * self.active_parameters * sum(lengths)
         # Attention has no weights to freeze: its backward is twice its forward.
-        attention = 6.0 * self.attention_width * sum(n * n for n in lengths)
-        return linear + attention
+        return self._flops(lengths, linear=4.0, attention=6.0)
+
+    def full_flops(self, lengths: Sequence[int]) -> float:
+        """Return the FLOPs of forward and backward when all parameters are trained."""
+        return self._flops(lengths, linear=6.0, attention=6.0)
+
+    def train_flops(self, lengths: Sequence[int], *, is_frozen: bool) -> float:
+        """Return the FLOPs of forward and backward."""
+        return self.lora_flops(lengths) if is_frozen else self.full_flops(lengths)
+
+    def _flops(self, lengths: Sequence[int], *, linear: float, attention: float) -> float:
+        tokens, squares = sum(lengths), sum(n * n for n in lengths)
+        return linear * self.active_parameters * tokens + attention * self.attention_width * squares

@@ -1,0 +1,1 @@
+"""`megatrain data`: what is in a data set."""

@@ -1,0 +1,1 @@
+"""`megatrain plan`: which layouts fit, and which is likely the fastest."""

@@ -1,0 +1,1 @@
+"""Rows of well-known data sets to standard rows."""

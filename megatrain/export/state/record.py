@@ -1,0 +1,176 @@
+"""What a saved state says of itself: `state/state.json`, with the checksum of every file beside it.
+
+Written last, so a folder without a valid record is no state.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatrain.errors import CheckpointError
+
+FOLDER = "state"
+"""Inside a checkpoint folder, beside the files of PEFT or Transformers."""
+RECORD = "state.json"
+VERSION = 1
+"""Of the format; a reader refuses a later one."""
+
+
+class FileRecord(BaseModel):
+    """One file of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class OptimizerRecord(BaseModel):
+    """An optimizer without its tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    options: dict[str, Any]
+    """As set_optimizer got them."""
+    counters: dict[str, Any]
+    """What is not a tensor of a parameter's shape: steps, and options as they are now."""
+
+
+class ScheduleRecord(BaseModel):
+    """A learning rate schedule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    options: dict[str, Any]
+    state: dict[str, Any]
+
+
+class GradientRecord(BaseModel):
+    """Gradients that were not stepped on yet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    counts: dict[str, Any]
+    """What the sums are to be divided by."""
+    is_reduced: bool
+    """Divided and clipped already, by clip_grad_norm."""
+
+
+class StateRecord(BaseModel):
+    """Everything of a saved state that is not a tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format: Literal["megatrain state"] = "megatrain state"
+    version: int = VERSION
+    megatrain: str
+    """Version that wrote it."""
+    saved_at: float
+    """Seconds since 1970."""
+    adapter: str
+    """Name in the run; empty if all parameters are trained."""
+    lora: dict[str, Any] | None
+    base_model: str
+    fingerprint: dict[str, Any]
+    """Of the base: its sizes, and a checksum of its tensors' names and shapes."""
+    layout: str
+    """It was written on; for information."""
+    mixed_precision: str
+    seed: int
+    """Random numbers depend on it, the adapter, the step and the pass alone."""
+    step: int
+    num_calls: int
+    """Of clip_grad_and_step since the last step."""
+    num_passes: int
+    """Of forward_backward since the last step."""
+    accumulation_steps: int
+    consumed_train_samples: int | None
+    optimizer: OptimizerRecord | None
+    schedule: ScheduleRecord | None
+    gradients: GradientRecord | None
+    tensors: tuple[str, ...]
+    """Kinds of tensors; each is a folder of safetensors files."""
+    files: dict[str, FileRecord] = {}
+    """By path inside the checkpoint folder, this one excepted."""
+
+
+def write_record(checkpoint: Path, record: StateRecord) -> None:
+    """Write the record with checksums of all files that are in the checkpoint now."""
+    files = {
+        str(path.relative_to(checkpoint)): FileRecord(
+            size=path.stat().st_size, sha256=checksum(path)
+        )
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    content = record.model_copy(update={"files": files}).model_dump(mode="json")
+    content["checksum"] = _checksum_of(content)
+    (checkpoint / FOLDER / RECORD).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_record(checkpoint: Path) -> StateRecord:
+    """Return a checkpoint's record.
+
+    Raises CheckpointError if there is none, or it is not as it was written.
+    """
+    path = Path(checkpoint) / FOLDER / RECORD
+    try:
+        content = json.loads(path.read_text())
+        expected = content.pop("checksum")
+    except OSError as error:
+        raise CheckpointError(
+            f"no training state in {checkpoint}: {error}",
+            hint="save with save_optimizer=True writes one; a PEFT adapter alone is none",
+        ) from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"cut short or altered: {path}: {error}") from error
+    if content.get("version", 0) > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {content['version']}; this megatrain reads up to {VERSION}",
+            hint="resume with the megatrain that wrote it, or a later one",
+        )
+    if _checksum_of(content) != expected:
+        raise CheckpointError(f"altered: {path} does not have the checksum it was written with")
+    try:
+        return StateRecord.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"not a record of a training state: {path}: {error}") from error
+
+
+def has_state(checkpoint: Path) -> bool:
+    """Tell whether a folder holds a training state, be it damaged or not."""
+    return (checkpoint / FOLDER / RECORD).is_file()
+
+
+def check_files(checkpoint: Path, record: StateRecord, *, contents: bool = True) -> None:
+    """Raise CheckpointError, naming the file, if one is missing, cut short or altered.
+
+    contents=False looks at sizes only.
+    """
+    for name, expected in record.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"missing: {path}")
+        size = path.stat().st_size
+        if size != expected.size:
+            raise CheckpointError(
+                f"cut short or altered: {path} has {size} bytes; {expected.size} were written"
+            )
+        if contents and checksum(path) != expected.sha256:
+            raise CheckpointError(f"altered: {path} does not have the checksum it was written with")
+
+
+def checksum(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Reinforcement learning around the trainer: rewards, advantages and metrics.  No torch."""

@@ -1,0 +1,93 @@
+"""Generalised advantage estimation: per-token advantages from rewards and a critic's values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatrain.errors import ConfigError, DataError
+from megatrain.rl.advantage import EPSILON, Advantage, Array, per_datum
+
+
+def gae(
+    rewards_T: Array,
+    values_T: Array,
+    *,
+    gamma: float,
+    lam: float,
+    dones_T: Array | None = None,
+    last_value: float = 0.0,
+) -> tuple[Array, Array]:
+    """Return advantages and returns, float64 (T,), of one sequence.
+
+    A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t; return =
+    advantage + value.  `dones_T[t]` ends an episode with token t.  `last_value` is the value after
+    the last token: 0 where the sequence ended by itself.  Source: Schulman et al.,
+    arXiv:1506.02438, equation 16.
+    """
+    advantages = np.zeros(len(values_T))
+    following, running = last_value, 0.0
+    for t in reversed(range(len(values_T))):
+        goes_on = 1.0 if dones_T is None else 1.0 - float(dones_T[t])
+        delta = rewards_T[t] + gamma * following * goes_on - values_T[t]
+        running = delta + gamma * lam * goes_on * running
+        advantages[t], following = running, values_T[t]
+    return advantages, advantages + values_T
+
+
+class GAEAdvantage(Advantage):
+    """GAE over a batch; with `whiten`, mean 0 and standard deviation 1 over all its tokens."""
+
+    def __init__(self, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = False) -> None:
+        for name, value in (("gamma", gamma), ("lam", lam)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be in [0, 1]: {value}")
+        self.gamma, self.lam, self.whiten = gamma, lam, whiten
+        self.returns: list[Array] = []
+        """Targets of the critic, one a token, of the last call: advantages before whitening plus
+        values."""
+
+    def __call__(
+        self,
+        rewards: Sequence[Any],
+        values: Sequence[Sequence[float]],
+        *,
+        dones: Sequence[Sequence[bool]] | None = None,
+        last_values: Sequence[float] | None = None,
+    ) -> list[Array]:
+        """Return advantages, a float64 array (T,) a datum.
+
+        A datum's reward is a number, which then stands at its last token, or one a token, as its
+        values are.  Raises DataError when the lengths differ.
+        """
+        counts = [len(each) for each in values]
+        if not counts or min(counts) < 1:
+            raise DataError(f"values need a token at least of each datum: {counts}")
+        per_token = per_datum(self._spread(rewards, counts), "rewards", counts)
+        critic = per_datum(values, "values", counts)
+        ends = per_datum(dones, "dones", counts) if dones is not None else [None] * len(counts)
+        after = [0.0] * len(counts) if last_values is None else list(last_values)
+        if len(after) != len(counts):
+            raise DataError(f"last_values needs one number a datum: {len(after)}, {len(counts)}")
+        both = [
+            gae(r, v, gamma=self.gamma, lam=self.lam, dones_T=d, last_value=a)
+            for r, v, d, a in zip(per_token, critic, ends, after, strict=True)
+        ]
+        self.returns = [returns for _, returns in both]
+        advantages = [each for each, _ in both]
+        return _whiten(advantages) if self.whiten else advantages
+
+    @staticmethod
+    def _spread(rewards: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+        if len(rewards) != len(counts):
+            raise DataError(f"as many rewards as values: {len(rewards)}, {len(counts)}")
+        return [
+            [0.0] * (n - 1) + [float(r)] if np.ndim(r) == 0 else r
+            for r, n in zip(rewards, counts, strict=True)
+        ]
+
+
+def _whiten(advantages: list[Array]) -> list[Array]:
+    values = np.concatenate(advantages)
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    return [(each - values.mean()) / (spread + EPSILON) for each in advantages]
