@@ -17,8 +17,9 @@ from megatrain.export.gather import gather
 from megatrain.export.save import finish_save, save_adapter, save_checkpoint
 from megatrain.export.skeleton import Skeleton
 from megatrain.export.state.collect import collect
+from megatrain.export.state.fits import check_fits
 from megatrain.export.state.folder import State
-from megatrain.export.state.restore import check_fits, open_state, restore
+from megatrain.export.state.restore import open_state, restore
 from megatrain.model.base import base_slices
 from megatrain.model.network import Network, build_network
 from megatrain.model.patch import apply_to_model

@@ -9,10 +9,12 @@ from megatrain import __version__
 from megatrain.cli import doctor
 from megatrain.cli.bench import command as bench
 from megatrain.cli.data import command as data
+from megatrain.cli.plan import command as plan
 from megatrain.cli.quickstart import command as quickstart
+from megatrain.cli.train import command as train
 from megatrain.errors import MegatrainError
 
-COMMANDS = (quickstart, data, bench, doctor)
+COMMANDS = (quickstart, train, plan, data, bench, doctor)
 """Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
 
 

@@ -3,12 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatrain.config.loss_names import LOSSES
+from megatrain.config.names import nearest
 from megatrain.config.plugin_code import attribute, download, load_file, member
 from megatrain.errors import ConfigError
 
@@ -53,6 +53,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     },
     "reward": {
         "AccuracyReward": "megatrain.rl.rewards.accuracy:AccuracyReward",
+        "CountDownAccuracy": "megatrain.rl.rewards.countdown:CountdownReward",
         "CountdownReward": "megatrain.rl.rewards.countdown:CountdownReward",
         "FormatReward": "megatrain.rl.rewards.format:FormatReward",
         "GSM8KAccuracyReward": "megatrain.rl.rewards.accuracy:GSM8KAccuracyReward",
@@ -166,13 +167,6 @@ def check_options(target: Any, options: Mapping[str, Any], *, what: str) -> None
                 f"{what} has no option {option!r}; it has {', '.join(names) or 'none'}",
                 hint=nearest(option, names),
             )
-
-
-def nearest(name: str, names: list[str]) -> str | None:
-    """Return a hint with the name that `name` may have meant, or None."""
-    by_lower = {known.lower(): known for known in names}
-    matches = get_close_matches(name.lower(), by_lower, n=1)
-    return f"did you mean {by_lower[matches[0]]!r}?" if matches else None
 
 
 def _check_kind(kind: str) -> None:

@@ -6,14 +6,14 @@ JSON, values as raw bytes, over Gloo.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.errors import ExportError
-from megatrain.model.tensor_slice import TensorSlice
+from megatrain.model.tensor_slice import TensorSlice, over_tp
 from megatrain.parallel.groups import Groups
 
 BATCH_BYTES = 1 << 30
@@ -77,9 +77,9 @@ def _own_batches(
             members = [s for s in batch if (s.is_expert, s.value.dtype) == (is_expert, dtype)]
             tp = groups.expert_tp if is_expert else groups.tp
             data = groups.expert_data if is_expert else groups.data
-            whole = _over_tp(members, tp)
+            wholes = over_tp(members, tp)
             if tp.rank() == 0 and data.rank() == 0:
-                owned.update(whole)
+                owned |= {s.name: w.cpu() for s, w in zip(members, wholes, strict=True)}
         yield owned
 
 
@@ -95,30 +95,6 @@ def _batches(slices: Iterable[TensorSlice], batch_bytes: int) -> Iterator[list[T
         size += num_bytes
     if batch:
         yield batch
-
-
-def _over_tp(slices: Sequence[TensorSlice], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU.  Collective over `group`.
-
-    Each rank writes its own rows or columns into zeros; the sum over ranks is exact.
-    """
-    if not slices:
-        return {}
-    sizes = [math.prod(each.full_shape) for each in slices]
-    first = slices[0].value
-    flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-    result = {}
-    for each, piece in zip(slices, flat.split(sizes), strict=True):
-        whole = piece.view(each.full_shape)
-        if each.dim is None or each.index is None:
-            if group.rank() == 0:
-                whole.copy_(each.value)
-        else:
-            whole.index_copy_(each.dim, each.index.to(whole.device), each.value)
-        result[each.name] = whole
-    if group.size() > 1:
-        dist.all_reduce(flat, group=group)
-    return {name: whole.cpu() for name, whole in result.items()}
 
 
 def _send(batch: dict[str, Tensor] | None, groups: Groups) -> None:

@@ -97,6 +97,11 @@ class Network:
             chunk.requires_grad_()
         return parameters
 
+    def freeze_base(self) -> None:
+        """Undo train_base."""
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+
     def activate(self, name: str) -> None:
         """Choose the adapter of the next passes; a name that is none means the base alone."""
         adapter = self.adapters.get(name)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatrain.config.names import check_known
 from megatrain.errors import ConfigError
-from megatrain.train.names import check_known
 from megatrain.train.orthogonal import orthogonalize
 from megatrain.train.sharded import ShardedParameters
 

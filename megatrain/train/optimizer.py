@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from megatrain.config.names import check_known
 from megatrain.errors import ConfigError, StateError
 from megatrain.model.tensor_slice import TrainedParameter
 from megatrain.parallel.groups import Groups
 from megatrain.train.muon import Muon, MuonOptions
-from megatrain.train.names import check_known
 from megatrain.train.parameter_groups import GroupOptions, present_keys
 from megatrain.train.sharded_fsdp import make_shards
 
@@ -47,6 +47,12 @@ class GradientAccumulator:
         ]
         self.num_tokens = 0
         self.is_reduced = False
+
+    def release(self) -> None:
+        """Let go of the parameters: their gradients come here no longer."""
+        for shard in self.shards:
+            for hook in shard.hooks:
+                hook.remove()
 
     def reduce(self) -> None:
         """Turn sums into the gradient of the mean over label tokens.  Collective."""

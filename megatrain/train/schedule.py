@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from megatrain.config.names import check_known
 from megatrain.errors import ConfigError
-from megatrain.train.names import check_known
 
 TRANSFORMERS = {
     kind.value: function

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from megatrain.errors import CheckpointError
 from megatrain.model.tensor_slice import TrainedParameter
@@ -67,6 +68,8 @@ class ShardedParameters:
         self.group_of_trained: list[int] = []
         """Parameter group of each of `trained`, once they are split."""
         self._counted = self._runs_that_count()
+        self.hooks: list[RemovableHandle] = []
+        """What puts gradients here; without them the parameters are nobody's."""
         self._hook_gradients()
         self.read_parameters()
 
@@ -102,7 +105,7 @@ class ShardedParameters:
                     view.add_(p.grad)
                     p.grad = None
 
-            parameter.register_post_accumulate_grad_hook(accumulate)
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(accumulate))
 
     @torch.no_grad()
     def read_parameters(self) -> None:

@@ -86,7 +86,7 @@ class Trainer:
         return RewardModelLoss() if self.network.has_scores else CrossEntropyLoss()
 
     def set_optimizer(self, name: str, kind: str, options: dict[str, Any]) -> None:
-        """Choose the optimizer of an adapter."""
+        """Choose the optimizer of an adapter.  Collective."""
         if self.network.config.mixed_precision == "fp16":
             raise ConfigError(
                 "training in fp16 is not supported: its gradients underflow without loss scaling",
@@ -101,7 +101,12 @@ class Trainer:
         """Start to train all of the base with this optimizer, or change nothing."""
         check_optimizer(kind, options)
         self.add(BASE)
-        self.set_optimizer(BASE, kind, options)
+        try:
+            self.set_optimizer(BASE, kind, options)
+        except ConfigError:
+            self.trained.pop(BASE).gradients.release()
+            self.network.freeze_base()
+            raise
 
     def set_schedule(self, name: str, kind: str, options: dict[str, Any]) -> None:
         """Choose the learning rate schedule of an adapter."""

@@ -1,5 +1,6 @@
 """What ranks do for test_fsdp."""
 
+import functools
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 import megatrain
 from tests.multiprocess.data import Batch
 from tests.multiprocess.memory_tasks import Peak
-from tests.multiprocess.tasks import make_model, reduced_gradient
+from tests.multiprocess.tasks import error_of, make_model, reduced_gradient
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -131,6 +132,30 @@ def bf16_norms(folder: Any, batch: Batch) -> tuple[list[float], list[float]]:
             norms.append(model.clip_grad_and_step())
         result.append(norms)
     return result[0], result[1]
+
+
+def steps_around_an_error(folder: Any, batches: Sequence[Batch]) -> list[list[float]]:
+    """Return gradient norms of two steps, without and with backward failing between them."""
+    result = []
+    for fails in (False, True):
+        model = make_model(folder, {})
+        model.set_optimizer("AdamW", lr=1e-2)
+        norms = []
+        for batch in batches:
+            if fails and norms:
+                layer = model._network.chunks[0].decoder.layers[1]
+                handle = layer.mlp.register_full_backward_hook(_fail)
+                assert error_of(functools.partial(model.forward_backward, inputs=batches[0]))
+                handle.remove()
+                model.zero_grad()
+            model.forward_backward(inputs=batch)
+            norms.append(model.clip_grad_and_step())
+        result.append(norms)
+    return result
+
+
+def _fail(*args: object) -> None:
+    raise RuntimeError("a backward that fails")
 
 
 def save_and_go_on(folder: Any, batches: Sequence[Batch], output_dir: str) -> dict[str, Any]:

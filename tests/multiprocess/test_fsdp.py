@@ -168,6 +168,13 @@ def test_flat_buffers_are_of_whole_parameters_and_go_back_bit_for_bit(mesh, rank
         assert report == {"same": True, "equal": True, "covered": True}
 
 
+def test_a_backward_that_failed_leaves_nothing_behind(ranks, checkpoints):
+    mesh = DeviceMesh(dp=2, fsdp=2)
+    task = fsdp_tasks.steps_around_an_error
+    plain, around = ranks.run(task, mesh, checkpoints("qwen3"), BATCHES)[0]
+    assert around == plain
+
+
 @pytest.mark.slow
 def test_a_pass_before_training_does_not_change_in_which_dtype_gradients_are_summed(
     ranks, checkpoints

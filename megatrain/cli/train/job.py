@@ -35,6 +35,7 @@ def run_job(config: RunConfig) -> int:
         global_device_mesh=mesh_of(config, started_ranks()),
         seed=config.train.seed,
         platform=config.platform,
+        timeout_s=config.timeout_s,
     )
     status = run_joined(config)
     megatrain.shutdown()

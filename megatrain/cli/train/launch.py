@@ -39,7 +39,7 @@ def run_ranks(config: Path, *, num_ranks: int, logs: Path) -> int:
             _wait(processes, stop)
         finally:
             _end(processes)
-    codes = [process.returncode for process in processes]
+    codes = [128 - code if code < 0 else code for code in (p.returncode for p in processes)]
     if failure := first_failure(logs):
         raise failure
     stopped = {128 + signal.SIGTERM, 128 + signal.SIGINT}

@@ -90,8 +90,8 @@ def train(run: Run) -> int:
                 run.progress.say(f"stopped by signal {signal}; {run.folder.root / LAST} is saved")
                 return 128 + signal
             if section.save_every and run.done % section.save_every == 0:
-                save(run, f"checkpoint-{run.done}")
-                _keep(run)
+                save(run, f"checkpoint-{run.done}", background=section.background_save)
+                keep_newest(run)
     finish(run)
     return 0
 
@@ -156,18 +156,20 @@ def is_worse_for_long(run: Run) -> bool:
     return patience is not None and run.history.evaluations_since_best() >= patience
 
 
-def save(run: Run, name: str) -> str:
+def save(run: Run, name: str, *, background: bool = False) -> str:
     """Save a checkpoint that can be resumed.  Collective."""
     path: str = run.model.save(
         name,
         output_dir=run.folder.root,
         save_optimizer=True,
         consumed_train_samples=run.loader.get_state()["consumed_train_samples"],
+        background=background,
     )
     return path
 
 
-def _keep(run: Run) -> None:
+def keep_newest(run: Run) -> None:
+    """Delete older checkpoints; one that is still being written does not count yet."""
     keep = run.config.train.keep
     if keep is not None and run.ranks.is_first:
         prune(run.folder.root, keep, spare=(BEST, LAST))
@@ -179,6 +181,7 @@ def finish(run: Run) -> None:
     if not evaluations or evaluations[-1]["step"] != run.done:
         evaluate_now(run)
     path = save(run, LAST)
+    keep_newest(run)
     report = run.config.report
     if run.ranks.is_first:
         plot(run.history, run.folder.plot, title=f"{run.config.recipe}: {run.config.model.id}")

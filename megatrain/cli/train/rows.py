@@ -67,7 +67,10 @@ def batches(config: RunConfig, loader: DataLoader) -> Iterator[list[Any]]:
 def _encoded(config: RunConfig, sources: Sequence[SourceSection], dataset: Dataset) -> Dataset:
     """Fill an empty dataset with encoded rows, and return it."""
     data = config.data
-    cached = {"load_from_cache_file": data.load_from_cache_file, "num_proc": data.num_proc}
+    cached: dict[str, Any] = {
+        "load_from_cache_file": data.load_from_cache_file,
+        "num_proc": data.num_proc,
+    }
     for source in sources:
         meta = _meta(source)
         dataset.add_dataset(meta)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, InstanceOf, model_validator
+from pydantic import BeforeValidator, InstanceOf, PositiveFloat, model_validator
 
 from megatrain.config.lora import LoraSpec
 from megatrain.config.run.sections import (
@@ -54,6 +54,8 @@ class RunConfig(Section):
     """Where checkpoints, metrics.jsonl and loss.png go."""
     platform: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """What to train on."""
+    timeout_s: PositiveFloat = 1800.0
+    """Seconds that ranks wait for one another: for the one that encodes the rows, say."""
     full: bool = False
     """Train all parameters instead of a LoRA adapter."""
     model: ModelSection

@@ -79,7 +79,7 @@ class ModelSection(ModelConfig):
 
     id: str
     """A folder, a hub id, `hf://id` or `ms://id`."""
-    task: Literal["causal_lm", "reward"] = Field("causal_lm", exclude=True)
+    task: Literal["causal_lm", "reward"] = Field(default="causal_lm", exclude=True)
     """Not an option here: the recipe decides."""
 
     @model_validator(mode="before")
@@ -120,7 +120,7 @@ class SourceSection(Section):
     """A subset of a hub dataset."""
     split: str = "train"
     """A split of a hub dataset."""
-    data_slice: tuple[int, ...] | None = Field(None, min_length=2, max_length=3)
+    data_slice: tuple[int, ...] | None = Field(default=None, min_length=2, max_length=3)
     """Rows start to stop (exclusive), and a step; all by default."""
     weight: PositiveFloat | None = None
     """Share of the mixture; without weights on any source, all rows of all sources are taken."""
@@ -160,7 +160,7 @@ class ScheduleSection(Named):
 
     name: str = "CosineWarmupScheduler"
     """A name that MegatronModel.set_lr_scheduler takes, or `none` for a constant rate."""
-    warmup_ratio: NonNegativeFloat = Field(0.0, le=1.0)
+    warmup_ratio: NonNegativeFloat = Field(default=0.0, le=1.0)
     """Share of all steps over which the rate rises, unless num_warmup_steps says how many."""
 
 
@@ -189,6 +189,8 @@ class TrainSection(Section):
     """Optimizer steps between checkpoints `checkpoint-<step>`; by default `last` at the end."""
     keep: PositiveInt | None = None
     """Newest checkpoints `checkpoint-<step>` that are kept; by default all."""
+    background_save: bool = True
+    """Write `checkpoint-<step>` while training goes on; the first rank holds a copy meanwhile."""
     best_metric: str = "loss"
     """Evaluation metric that decides what `best` is: loss, or a statistic of the loss."""
     greater_is_better: bool | None = None

@@ -1,10 +1,7 @@
 """Go on from a saved state: on any layout and number of ranks, each rank reads its own slices."""
 
-import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,21 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
-from megatrain.config.lora import LoraSpec
-from megatrain.errors import CheckpointError, ConfigError
+from megatrain.errors import CheckpointError
 from megatrain.export.rank_zero import broadcast_text, on_rank_zero
-from megatrain.export.state.collect import GRADIENTS, MASTER, fingerprint
+from megatrain.export.state.collect import GRADIENTS, MASTER
 from megatrain.export.state.record import FOLDER, StateRecord, read_record
 from megatrain.export.state.retention import usable_state, verify_state
 from megatrain.model.tensor_slice import TensorPart, TrainedParameter
 from megatrain.parallel.groups import Groups
-from megatrain.train.optimizer import OPTIMIZERS
-from megatrain.train.optimizer_state import state_keys
-from megatrain.train.schedule import SCHEDULES
 from megatrain.train.sharded import ShardedParameters
-from megatrain.train.step import BASE, Trained, Trainer
-
-logger = logging.getLogger(__name__)
+from megatrain.train.step import Trained, Trainer
 
 
 def open_state(
@@ -48,82 +39,10 @@ def open_state(
     return found, read_record(found)
 
 
-def check_fits(trainer: Trainer, name: str, record: StateRecord) -> None:
-    """Raise unless the state is of this base, adapter and optimizer.  No communication.
-
-    Raises CheckpointError for another base or LoRA options, ConfigError for another optimizer or
-    schedule.
-    """
-    here = fingerprint(trainer.network)
-    other = [
-        f"{key}: saved {record.fingerprint.get(key)}, here {value}"
-        for key, value in here.items()
-        if record.fingerprint.get(key) != value
-    ]
-    if other:
-        raise CheckpointError(
-            f"the state is of another base model than {trainer.network.folder}: {'; '.join(other)}",
-            hint=f"it was saved from {record.base_model}",
-        )
-    if (name == BASE) != (record.lora is None):
-        saved, wanted = (
-            "all parameters" if lora is None else "a LoRA adapter"
-            for lora in (record.lora, None if name == BASE else record)
-        )
-        raise CheckpointError(f"the state is of {saved}, but {wanted} is trained here")
-    if name in trainer.trained:
-        _check_adapter(trainer, name, record)
-        _check_choices(trainer.trained[name], record)
-
-
-def _check_adapter(trainer: Trainer, name: str, record: StateRecord) -> None:
-    if name == BASE or record.lora is None:
-        return
-    saved, here = LoraSpec.from_any(record.lora), trainer.network.adapters[name].spec
-    other = [
-        f"{key}: saved {getattr(saved, key)}, here {getattr(here, key)}"
-        for key in LoraSpec.__dataclass_fields__
-        if key not in ("init_lora_weights", "lora_dropout")
-        and getattr(saved, key) != getattr(here, key)
-    ]
-    if other:
-        raise CheckpointError(
-            f"adapter {name!r} has other LoRA options than the state: {'; '.join(other)}",
-            hint="add the adapter with the saved options, or resume without adding it",
-        )
-
-
-def _check_choices(trained: Trained, record: StateRecord) -> None:
-    pairs: tuple[tuple[str, Any, Any, Mapping[str, Any]], ...] = (
-        ("optimizer", trained.optimizer_choice, record.optimizer, OPTIMIZERS),
-        ("schedule", trained.schedule_choice, record.schedule, SCHEDULES),
-    )
-    for what, choice, saved, known in pairs:
-        if choice is None or saved is None:
-            continue
-        kind, options = choice
-        if known.get(kind, kind) != known.get(saved.kind, saved.kind):
-            raise ConfigError(
-                f"the state is of the {what} {saved.kind}, but {kind} is set here",
-                hint=f"set {saved.kind}, or none at all: resuming sets it as it was",
-            )
-        if json.loads(json.dumps(options)) != saved.options:
-            logger.info("%s goes on with the options set here: %s", what, options)
-    if record.optimizer is None or not record.optimizer.counters or trained.optimizer is None:
-        return
-    found = {*record.tensors, *record.optimizer.counters}
-    for group in range(len(trained.optimizer.param_groups)):
-        if lacking := sorted({*state_keys(trained.optimizer, group)} - found):
-            raise ConfigError(
-                f"the optimizer set here needs {lacking}, which the state has not",
-                hint=f"it was saved with {record.optimizer.kind} {record.optimizer.options}",
-            )
-
-
 def restore(trainer: Trainer, name: str, checkpoint: Path, record: StateRecord) -> None:
     """Set weights, optimizer, schedule, gradients and counters as saved.  Collective.
 
-    What is trained must be there, and fit (`check_fits`).  An optimizer or schedule that is not
+    What is trained must be there, and fit (fits.py).  An optimizer or schedule that is not
     set is made as it was.  Raises CheckpointError on every rank, with weights and optimizer as
     they were, if any rank cannot read its part.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatrain.config.plugins import nearest
+from megatrain.config.names import nearest
 from megatrain.errors import ConfigError
 from megatrain.train.loss import Loss, LossBatch, LossInput, Statistics
 

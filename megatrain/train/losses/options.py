@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megatrain.config.plugins import nearest
+from megatrain.config.names import nearest
 from megatrain.errors import ConfigError
 
 

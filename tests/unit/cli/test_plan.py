@@ -12,6 +12,8 @@ import pytest
 from megatrain.cli.plan import command, report
 from megatrain.cli.plan.candidates import Cluster, candidates, meshes
 from megatrain.config.estimate import Training
+from megatrain.config.model import ModelConfig
+from megatrain.config.run.sections import MeshSection
 from megatrain.errors import ConfigError, UnknownFamilyError
 from megatrain.parallel.layout import DeviceMesh
 
@@ -76,7 +78,9 @@ def test_the_sections_are_toml_that_name_the_best_mesh():
     best = candidates(config, Training(), Cluster("h100", 64, 8, 80e9))[0]
     parsed = tomllib.loads("\n".join(report.toml(best)))
     assert DeviceMesh(**parsed["mesh"]) == best.mesh
-    assert parsed["model"]["max_tokens_per_microbatch"] == 4096
+    section = MeshSection(**parsed["mesh"])
+    assert section.model_dump(exclude_defaults=True) == parsed["mesh"]
+    assert ModelConfig(**parsed["model"]).max_tokens_per_microbatch == 4096
     assert "--nnodes 8" in report.command(Cluster("h100", 64, 8, 80e9))
 
 

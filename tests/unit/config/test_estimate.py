@@ -76,6 +76,15 @@ def test_optimizer_state_is_shared_over_dp_and_gradients_are_not():
     assert (sgd.weights, sgd.optimizer) == (2 * total, 4 * total)
 
 
+def test_fsdp_shards_what_is_held_and_gathers_two_layers():
+    whole = estimate(QWEN, DeviceMesh(dp=4), Training(precision="no")).ranks[0]
+    sharded = estimate(QWEN, DeviceMesh(dp=4, fsdp=4), Training(precision="no")).ranks[0]
+    # The embedding and the head, 64,000 entries each, are larger than a layer.
+    assert sharded.weights == whole.weights // 4 + 2 * 4 * 64_000
+    assert sharded.gradients == whole.gradients // 4
+    assert sharded.optimizer == whole.optimizer
+
+
 def test_lora_trains_its_factors_alone():
     found = estimate(QWEN, ONE, Training(lora={"r": 8, "target_modules": ["q_proj", "down_proj"]}))
     factors = 4 * 8 * (64 + 64 + 128 + 64)

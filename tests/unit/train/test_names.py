@@ -3,7 +3,7 @@
 import pytest
 
 from megatrain.errors import ConfigError
-from megatrain.train.names import check_known
+from megatrain.config.names import check_known
 
 
 def test_known_names_pass():
