@@ -50,6 +50,7 @@ _HOMES = {
     "Trajectory": "megatrain.types",
     "get_device_placement": "megatrain.api.placement",
     "get_logger": "megatrain.log",
+    "latest_state": "megatrain.export.state.retention",
     "initialize": "megatrain.api.session",
     "register": "megatrain.config.plugins",
     "shutdown": "megatrain.api.session",

@@ -53,7 +53,6 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     },
     "reward": {
         "AccuracyReward": "megatrain.rl.rewards.accuracy:AccuracyReward",
-        "CountDownAccuracy": "megatrain.rl.rewards.countdown:CountdownReward",
         "CountdownReward": "megatrain.rl.rewards.countdown:CountdownReward",
         "FormatReward": "megatrain.rl.rewards.format:FormatReward",
         "GSM8KAccuracyReward": "megatrain.rl.rewards.accuracy:GSM8KAccuracyReward",

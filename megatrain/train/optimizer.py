@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 
 class GradientAccumulator:
-    """Gradients of one adapter, and the number of label tokens they are a sum over."""
+    """Gradients of one adapter, and what their sum is to be divided by."""
 
     def __init__(self, trained: Sequence[TrainedParameter], groups: Groups) -> None:
         self.groups = groups
@@ -45,7 +45,7 @@ class GradientAccumulator:
             for is_expert, members in kinds.items()
             if members
         ]
-        self.num_tokens = 0
+        self.divisor = 0.0
         self.is_reduced = False
 
     def release(self) -> None:
@@ -55,14 +55,14 @@ class GradientAccumulator:
                 hook.remove()
 
     def reduce(self) -> None:
-        """Turn sums into the gradient of the mean over label tokens.  Collective."""
-        if self.num_tokens == 0:
+        """Turn sums into the gradient of the mean that the losses ask for.  Collective."""
+        if self.divisor == 0:
             raise StateError(
                 "there is no gradient to step on", hint="call forward_backward before step"
             )
         if not self.is_reduced:
             for shard in self.shards:
-                shard.reduce(1.0 / self.num_tokens)
+                shard.reduce(1.0 / self.divisor)
             self.is_reduced = True
 
     def norm(self) -> float:
@@ -82,7 +82,7 @@ class GradientAccumulator:
 
     def snapshot(self) -> list[torch.Tensor] | None:
         """Return a copy of the sums so far; None if there are none yet."""
-        return [shard.grad_P.clone() for shard in self.shards] if self.num_tokens else None
+        return [shard.grad_P.clone() for shard in self.shards] if self.divisor else None
 
     def restore(self, sums: list[torch.Tensor] | None) -> None:
         """Go back to what snapshot returned."""
@@ -101,7 +101,7 @@ class GradientAccumulator:
         """Forget gradients and tokens."""
         for shard in self.shards:
             shard.zero_grad()
-        self.num_tokens, self.is_reduced = 0, False
+        self.divisor, self.is_reduced = 0.0, False
 
 
 def make_optimizer(

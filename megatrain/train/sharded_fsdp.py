@@ -67,7 +67,7 @@ class FsdpParameters:
                     view.add_(local(p.grad))
                     p.grad = None
 
-            trained.parameter.register_post_accumulate_grad_hook(accumulate)
+            self.hooks.append(trained.parameter.register_post_accumulate_grad_hook(accumulate))
 
     def views(self, flat_P: Tensor) -> list[Tensor]:
         """Return parameter-shaped views of a flat buffer (P,), in the order of `trained`."""

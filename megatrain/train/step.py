@@ -160,7 +160,7 @@ class Trainer:
         if isinstance(output, Exception):
             trained.gradients.restore(before)
             raise output
-        trained.gradients.num_tokens += output.divisor
+        trained.gradients.divisor += output.divisor
         return output
 
     def forward_only(

@@ -15,9 +15,7 @@ def pairs(seed: int = 0, num_pairs: int = 3) -> list[dict[str, Any]]:
         prompt = rng.integers(0, 512, rng.integers(3, 20)).tolist()
         for _ in range(2):
             answer = rng.integers(0, 512, rng.integers(2, 30)).tolist()
-            batch.append(
-                {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-            )
+            batch.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     return batch
 
 

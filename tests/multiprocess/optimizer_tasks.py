@@ -23,7 +23,7 @@ def set_gradients(model: Any, step: int) -> None:
     """Put random gradients where backward would, each on one of the ranks that are summed over."""
     gradients = model._trainer.trained[model._name(None)].gradients
     gradients.zero()
-    gradients.num_tokens = 1
+    gradients.divisor = 1
     for shard in gradients.shards:
         if shard.data_group.rank() > 0:
             continue

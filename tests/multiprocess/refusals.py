@@ -146,11 +146,11 @@ def not_finite(folder: Any, good: Batch) -> dict[str, Any]:
     model.forward_backward(inputs=good)
     model.clip_grad_and_step()
     model.forward_backward(inputs=good)
-    tokens = model._trainer.trained["default"].gradients.num_tokens
+    tokens = model._trainer.trained["default"].gradients.divisor
     with _poisoned(model):
         train = error_of(lambda: model.forward_backward(inputs=good))
         evaluate = error_of(lambda: model.forward_only(inputs=good))
-    kept = model._trainer.trained["default"].gradients.num_tokens
+    kept = model._trainer.trained["default"].gradients.divisor
     after = reduced_gradient(model)
     model.zero_grad()
     model.forward_backward(inputs=good)

@@ -27,7 +27,7 @@ def commands(example: Path) -> str:
     """Return what is indented at the head of an example: its commands."""
     text = example.read_text()
     if example.suffix == ".py":
-        head = ast.get_docstring(ast.parse(text)) or ""
+        head = ast.get_docstring(ast.parse(text), clean=False) or ""
     else:
         head = "\n".join(
             line.removeprefix("#").removeprefix(" ") for line in text.split("\n\n")[0].splitlines()

@@ -5,6 +5,7 @@ Rows are encoded, as they are for the run (and cached for it); no weight is read
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def plan(
     config: RunConfig, mesh: DeviceMesh, batches: Iterable[Sequence[Any]]
 ) -> list[PlannedBatch]:
     """Deal each batch into micro-batches, as training does."""
-    from megatrain.train.batch import plan_bins  # imports Megatron
+    with warnings.catch_warnings(action="ignore"):  # it imports Megatron, which warns of itself
+        from megatrain.train.batch import plan_bins
 
     section, unit = config.model, RECIPES[config.recipe].unit
     planned = []

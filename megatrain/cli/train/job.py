@@ -65,7 +65,7 @@ def run_joined(config: RunConfig) -> int:
 
 
 def count_steps(config: RunConfig, loader: DataLoader) -> int:
-    """Return the optimizer steps of the whole run; the last one may have fewer batches."""
+    """Return the optimizer steps of the whole run; the last may reach into one more epoch."""
     section = config.train
     if section.max_steps is not None:
         return section.max_steps

@@ -92,7 +92,7 @@ def train(run: Run) -> int:
             if section.save_every and run.done % section.save_every == 0:
                 save(run, f"checkpoint-{run.done}", background=section.background_save)
                 keep_newest(run)
-    finish(run)
+        finish(run)
     return 0
 
 

@@ -58,7 +58,7 @@ def collect(
     for shard, values in zip(shards, own, strict=True):
         values[MASTER] = shard.master_Q
     kinds = [MASTER, *keys]
-    has_gradients = bool(with_optimizer and trained.gradients.num_tokens)
+    has_gradients = bool(with_optimizer and trained.gradients.divisor)
     if has_gradients:
         kinds.append(GRADIENTS)
         for values, gradient in zip(own, _pending(trained.gradients), strict=True):
@@ -168,7 +168,7 @@ def _progress(
         result["schedule"] = ScheduleRecord(**chosen, state=trained.schedule.state_dict())
     if with_gradients:
         result["gradients"] = GradientRecord(
-            counts={"num_tokens": trained.gradients.num_tokens},
+            counts={"divisor": trained.gradients.divisor},
             is_reduced=trained.gradients.is_reduced,
         )
     return result

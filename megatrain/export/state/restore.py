@@ -31,8 +31,10 @@ def open_state(
     chosen = [Path(checkpoint)]
 
     def verify() -> None:
-        chosen[0] = usable_state(chosen[0]) if use_previous else chosen[0]
-        verify_state(chosen[0])
+        if use_previous:
+            chosen[0] = usable_state(chosen[0])
+        else:
+            verify_state(chosen[0])
 
     on_rank_zero(verify, groups, lambda text, hint: CheckpointError(text, hint=hint))
     found = Path(broadcast_text(str(chosen[0]), groups))
@@ -166,5 +168,5 @@ def _set_gradients(trained: Trained, record: StateRecord, folder: Path) -> None:
         shard.grad_P[shard.mine] = shard.shard_of(_read(shard, source, wanted))
         if record.gradients.is_reduced:
             shard.reduce(1.0)
-    gradients.num_tokens = record.gradients.counts["num_tokens"]
+    gradients.divisor = record.gradients.counts["divisor"]
     gradients.is_reduced = record.gradients.is_reduced

@@ -4,6 +4,7 @@ import pytest
 
 from megatrain.cli.train.job import count_steps
 from megatrain.cli.train.mesh import mesh_of
+from megatrain.cli.train.model import complete_schedule
 from megatrain.cli.train.recipes import RECIPES, loss_of
 from megatrain.errors import ConfigError, LayoutError
 from megatrain.parallel.layout import DeviceMesh
@@ -43,7 +44,42 @@ def test_a_loss_that_does_not_fit_is_refused_before_weights_are_read(recipe, ove
         loss_of(configure(*overrides, recipe=recipe))
 
 
-def test_the_last_step_of_a_run_may_have_fewer_batches():
+def test_all_rows_are_trained_on_in_every_epoch_although_the_last_step_needs_more():
     config = configure("train.epochs=3", "train.gradient_accumulation_steps=2")
     assert count_steps(config, range(5)) == 8
     assert count_steps(configure("train.max_steps=7"), range(5)) == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["schedule.warmup_ratio=0.1"], {"num_warmup_steps": 5, "num_training_steps": 50}),
+        (["schedule=none"], {}),
+        (["schedule=constant"], {}),
+        (["schedule=constant_with_warmup"], {"num_warmup_steps": 0}),
+        (
+            ["schedule=default", "schedule.max_lr=1e-3"],
+            {"lr_warmup_steps": 0, "lr_decay_steps": 50, "max_lr": 1e-3},
+        ),
+        (
+            ["schedule.num_warmup_steps=3", "schedule.num_cycles=0.25"],
+            {"num_warmup_steps": 3, "num_training_steps": 50, "num_cycles": 0.25},
+        ),
+    ],
+)
+def test_a_schedule_is_as_long_as_the_run(overrides, expected):
+    assert complete_schedule(configure(*overrides), steps=50) == expected
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule=none", "schedule.warmup_ratio=0.1"],
+        ["schedule=constant", "schedule.warmup_ratio=0.1"],
+        ["schedule=cosin"],
+        ["schedule.num_cycle=1"],
+    ],
+)
+def test_a_schedule_refuses_what_would_have_no_effect(overrides):
+    with pytest.raises(ConfigError):
+        complete_schedule(configure(*overrides), steps=50)
