@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatrain.errors import LayoutError, StateError
+from megatrain.config.estimate.fits import Sizes, check_fits
+from megatrain.errors import StateError
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.parallel.shard_groups import ShardGroups, make_shard_groups
 from megatrain.platforms.platform import Platform
@@ -160,38 +161,12 @@ def destroy_groups() -> None:
 
 def check_model(mesh: DeviceMesh, provider: Any) -> None:
     """Raise LayoutError unless the mesh can hold the model that `provider` describes."""
-    heads, layers = provider.num_attention_heads, provider.num_layers
-    if heads % mesh.tp:
-        raise LayoutError(
-            f"tp must divide the number of attention heads: tp={mesh.tp}, heads={heads}"
-        )
-    groups = provider.num_query_groups or heads
-    if groups % mesh.tp and mesh.tp % groups:
-        raise LayoutError(
-            "tp must divide the number of key/value heads or be a multiple of it: "
-            f"tp={mesh.tp}, key/value heads={groups}"
-        )
-    if layers % (mesh.pp * mesh.vpp):
-        raise LayoutError(
-            f"pp * vpp must divide the number of layers: pp={mesh.pp}, vpp={mesh.vpp}, "
-            f"layers={layers}"
-        )
-    for name, size in (("hidden_size", provider.hidden_size), ("ffn", provider.ffn_hidden_size)):
-        if size is not None and size % mesh.tp:
-            raise LayoutError(f"tp must divide {name}: tp={mesh.tp}, {name}={size}")
-    _check_experts(mesh, provider)
-
-
-def _check_experts(mesh: DeviceMesh, provider: Any) -> None:
-    experts = provider.num_moe_experts
-    if not experts:
-        if mesh.ep > 1 or mesh.etp > 1:
-            raise LayoutError(
-                f"the model has no experts: ep={mesh.ep}, etp={mesh.etp}", hint="use ep=1, etp=1"
-            )
-        return
-    if experts % mesh.ep:
-        raise LayoutError(f"ep must divide the number of experts: ep={mesh.ep}, experts={experts}")
-    width = provider.moe_ffn_hidden_size
-    if width is not None and width % mesh.etp:
-        raise LayoutError(f"etp must divide the experts' width: etp={mesh.etp}, width={width}")
+    sizes = Sizes(
+        heads=provider.num_attention_heads,
+        groups=provider.num_query_groups or provider.num_attention_heads,
+        layers=provider.num_layers,
+        widths={"hidden_size": provider.hidden_size, "ffn": provider.ffn_hidden_size},
+        experts=provider.num_moe_experts,
+        expert_width=provider.moe_ffn_hidden_size,
+    )
+    check_fits(sizes, mesh)

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
+from megatrain.config.names import nearest
 from megatrain.errors import ConfigError, UnknownFamilyError
 
 
@@ -89,10 +89,9 @@ class ModelShape:
         config = config.get("text_config") or config
         kind = str(config.get("model_type"))
         if kind not in FAMILIES:
-            near = get_close_matches(kind, FAMILIES, n=1)
             raise UnknownFamilyError(
                 f"no memory arithmetic for model_type {kind!r}; known: {', '.join(FAMILIES)}",
-                hint=f"did you mean {near[0]}?" if near else "its training may work all the same",
+                hint=nearest(kind, FAMILIES) or "its training may work all the same",
             )
         traits, read = FAMILIES[kind], _Reader(config)
         _refuse_other_layers(config)

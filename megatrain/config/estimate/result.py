@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatrain.config.estimate.fits import check_fits
+from megatrain.config.estimate.fits import Sizes, check_fits
 from megatrain.config.estimate.linears import Mesh, stage_linears
 from megatrain.config.estimate.memory import RankMemory, rank_memory
 from megatrain.config.estimate.model import ModelShape, read_config
@@ -90,7 +90,7 @@ def estimate(
     Raises ConfigError (UnknownFamilyError among them) or LayoutError.
     """
     shape = ModelShape.from_config(read_config(config))
-    check_fits(shape, mesh)
+    check_fits(_sizes(shape), mesh)
     found = None if device is None else find_device(device)
     overhead = 0 if found is None else found.overhead
     ranks = [
@@ -137,3 +137,15 @@ def _parameters(shape: ModelShape, training: Training, work: Work) -> Parameters
         whole = stage_linears(shape, alone, 0)
         trained = sum(linear.factors(training.lora, alone) for linear in whole)
     return Parameters(total=work.total_parameters, active=work.active_parameters, trained=trained)
+
+
+def _sizes(shape: ModelShape) -> Sizes:
+    experts = shape.experts
+    return Sizes(
+        heads=shape.heads,
+        groups=shape.groups,
+        layers=shape.layers,
+        widths={"hidden_size": shape.hidden, "intermediate_size": shape.ffn},
+        experts=None if experts is None else experts.count,
+        expert_width=None if experts is None else experts.ffn,
+    )

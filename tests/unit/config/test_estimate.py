@@ -160,7 +160,7 @@ def test_without_a_device_there_is_no_time_and_no_overhead():
 @pytest.mark.parametrize(
     ("config", "mesh", "training", "error", "message"),
     [
-        (QWEN | {"model_type": "qwen33"}, ONE, {}, UnknownFamilyError, "did you mean qwen3"),
+        (QWEN | {"model_type": "qwen33"}, ONE, {}, UnknownFamilyError, "did you mean 'qwen3"),
         (QWEN | {"model_type": None}, ONE, {}, UnknownFamilyError, "known: llama"),
         ({**QWEN, "hidden_size": None}, ONE, {}, ConfigError, "hidden_size"),
         ({**MOE, "num_experts_per_tok": "2"}, ONE, {}, ConfigError, "num_experts_per_tok"),
