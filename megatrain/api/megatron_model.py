@@ -81,9 +81,11 @@ class MegatronModel:
     def set_optimizer(
         self, optimizer_cls: str = "AdamW", *, adapter_name: str | None = None, **options: Any
     ) -> None:
-        """Choose AdamW, Adam or SGD with torch's own options (lr, betas, eps, weight_decay, ...).
+        """Choose AdamW ("default"), Adam, SGD or Muon, with torch's own options (lr, betas, ...).
 
-        On a model without adapters, all parameters are trained from here on.
+        Further options: `no_decay` (patterns of names without weight decay), `loraplus_lr_ratio`,
+        `offload_optimizer`, and Muon's (train/muon.py).  On a model without adapters, all
+        parameters are trained from here on.  Collective.
         """
         if adapter_name is None and not self._trainer.trained:
             self._trainer.train_base(optimizer_cls, options)
@@ -93,9 +95,10 @@ class MegatronModel:
     def set_lr_scheduler(
         self, scheduler_cls: str, *, adapter_name: str | None = None, **options: Any
     ) -> None:
-        """Choose a schedule: ConstantWarmupScheduler, LinearWarmupScheduler, CosineWarmupScheduler.
+        """Choose a schedule: one of Transformers' by name, such as "cosine", with its options.
 
-        Options: num_warmup_steps, and num_training_steps for linear and cosine.
+        Also ConstantWarmupScheduler, LinearWarmupScheduler and CosineWarmupScheduler
+        (num_warmup_steps, num_training_steps), and Megatron's "default" (lr_decay_steps, max_lr).
         """
         name = self._name(adapter_name)
         self._trainer.set_schedule(name, scheduler_cls, options)

@@ -4,6 +4,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
+DEFAULT_TOKENS_PER_MICROBATCH = 4096
+"""Token budget when neither a budget nor a number of data is given."""
+
 
 class ModelConfig(BaseModel):
     """Options of MegatronModel that do not depend on an adapter."""

@@ -7,58 +7,12 @@ Every rank makes the same plan from the same batch, so nothing is communicated.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatrain.errors import DataError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.parallel.groups import Groups
+from megatrain.train.bins import plan_bins
 from megatrain.train.datum import BatchRules, Datum, read_content
 from megatrain.train.pack import PackedDatum, Packer
-
-DEFAULT_TOKENS_PER_MICROBATCH = 4096
-"""Token budget when neither a budget nor a number of data is given."""
-
-
-def plan_bins(
-    lengths: Sequence[int],
-    *,
-    num_ranks: int,
-    multiple: int = 1,
-    max_tokens: int | None = None,
-    max_data: int | None = None,
-) -> list[list[int]]:
-    """Deal data into bins, a multiple of num_ranks * multiple of them, as even as can be.
-
-    The longest datum goes first, each to the least full bin (longest processing time first,
-    Graham 1969); bins are added until none is over `max_tokens` with more than one datum, or over
-    `max_data`.  Bin b belongs to rank b % num_ranks.
-    """
-    unit = num_ranks * multiple
-    budget = max_tokens or DEFAULT_TOKENS_PER_MICROBATCH
-    need = -(-len(lengths) // max_data) if max_data else -(-sum(lengths) // budget)
-    count = max(1, -(-min(need, len(lengths)) // unit)) * unit
-    while True:
-        bins = _deal(lengths, count, max_data)
-        over = [b for b in bins if not max_data and len(b) > 1 and _total(b, lengths) > budget]
-        if not over:
-            return [sorted(b) for b in bins]
-        count += unit
-
-
-def _total(members: Sequence[int], lengths: Sequence[int]) -> int:
-    return sum(lengths[i] for i in members)
-
-
-def _deal(lengths: Sequence[int], count: int, max_data: int | None) -> list[list[int]]:
-    bins: list[list[int]] = [[] for _ in range(count)]
-    loads = np.zeros(count)
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        target = int(np.argmin(loads))
-        bins[target].append(index)
-        loads[target] += lengths[index]
-        if max_data and len(bins[target]) >= max_data:
-            loads[target] = np.inf
-    return bins
 
 
 class BatchPlan:

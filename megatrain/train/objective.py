@@ -62,11 +62,9 @@ class Objective:
                 f"{type(self.loss).__name__} must report what its `statistics` names, "
                 f"{sorted(self.loss.statistics)}: got {sorted(statistics)}"
             )
-        sums = [float(found[name][0]) for name in self.names]
-        counts = [float(found[name][1]) for name in self.names]
-        return torch.tensor(
-            [float(value.detach()), *sums, *counts], dtype=torch.float64, device=rows_RM.device
-        )
+        sums = [found[name][0] for name in self.names]
+        counts = [found[name][1] for name in self.names]
+        return torch.stack([_number(each, rows_RM) for each in (value, *sums, *counts)])
 
     def _loss_batch(self, rows_RM: Tensor, batch: MicroBatch) -> LossBatch:
         labels = batch.labels
@@ -85,6 +83,11 @@ class Objective:
         size = len(self.names)
         pairs = zip(totals[1 : 1 + size], totals[1 + size :], strict=True)
         return totals[0], dict(zip(self.names, pairs, strict=True))
+
+
+def _number(value: Tensor | float, like: Tensor) -> Tensor:
+    """Return a float64 scalar without gradient on the device of `like`: no wait for a GPU."""
+    return torch.as_tensor(value, device=like.device).detach().to(torch.float64).reshape(())
 
 
 class ScoresOnly(Loss):

@@ -28,7 +28,14 @@ METHODS = {
     "calculate_metric": "(self, is_training=True, *, adapter_name=None)",
     "get_train_configs": "(self, *, adapter_name=None)",
     "get_state_dict": "(self, *, adapter_name=None)",
-    "save": "(self, name, output_dir='output', *, adapter_name=None)",
+    "save": (
+        "(self, name, output_dir='output', save_optimizer=False, consumed_train_samples=None, *, "
+        "adapter_name=None, background=False)"
+    ),
+    "wait_for_save": "(self)",
+    "resume_from_checkpoint": (
+        "(self, resume_from_checkpoint, *, adapter_name=None, use_previous=False)"
+    ),
 }
 
 

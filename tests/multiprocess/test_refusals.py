@@ -34,7 +34,7 @@ BATCHES = {
     "an empty batch": ([], "at least one datum"),
     "one datum instead of a list": ({"input_ids": [1], "labels": [1]}, "list"),
     "an empty datum": ([{"input_ids": [], "labels": []}], "datum 0 is empty"),
-    "no input_ids": ([{"labels": [1, 2]}], "datum 0 has no input_ids"),
+    "no input_ids": ([{"labels": [1, 2]}], "row 0 is not encoded: it has labels"),
     "mismatched lengths": ([GOOD[1], {"input_ids": [1, 2], "labels": [1]}], "datum 1.*1 labels"),
     "an id out of the vocabulary": ([{"input_ids": [1, 512], "labels": [1, 2]}], "512"),
     "a negative id": ([{"input_ids": [1, -3], "labels": [1, 2]}], "-3"),

@@ -5,7 +5,6 @@ Rows are encoded, as they are for the run (and cached for it); no weight is read
 
 import itertools
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ from megatrain.cli.train.job import count_steps
 from megatrain.cli.train.mesh import mesh_of
 from megatrain.cli.train.recipes import RECIPES, loss_of
 from megatrain.config.estimate import Training, estimate, render
+from megatrain.config.model import DEFAULT_TOKENS_PER_MICROBATCH
 from megatrain.config.run import RunConfig
 from megatrain.data.loader import DataLoader
 from megatrain.data.packed_dataset import PackingDataset
 from megatrain.parallel.layout import DeviceMesh
+from megatrain.train.bins import plan_bins
 
 MAX_BATCHES = 200
 """Batches that are planned: the first of the run."""
@@ -69,9 +70,6 @@ def plan(
     config: RunConfig, mesh: DeviceMesh, batches: Iterable[Sequence[Any]]
 ) -> list[PlannedBatch]:
     """Deal each batch into micro-batches, as training does."""
-    with warnings.catch_warnings(action="ignore"):  # it imports Megatron, which warns of itself
-        from megatrain.train.batch import plan_bins
-
     section, unit = config.model, RECIPES[config.recipe].unit
     planned = []
     for batch in batches:
@@ -101,8 +99,6 @@ def describe(
     config: RunConfig, loader: DataLoader, batches: Sequence[PlannedBatch]
 ) -> Iterable[str]:
     """Yield lines on the data, the steps and the micro-batches."""
-    from megatrain.train.batch import DEFAULT_TOKENS_PER_MICROBATCH
-
     train, section = config.train, config.model
     yield _data_line(config, loader)
     calls, steps = train.gradient_accumulation_steps, count_steps(config, loader)

@@ -77,9 +77,7 @@ def _prepare_reference(
 ) -> None:
     """Compute the reference of every row, with a loader of its own: the run's must not move."""
     once = rows.evaluation_loader(config, training)  # type: ignore[arg-type]
-    inputs.prepare(
-        batch for loader in (once, eval_loader) if loader for batch in rows.batches(config, loader)
-    )
+    inputs.prepare(batch for loader in (once, eval_loader) if loader for batch in loader)
 
 
 def _assemble(

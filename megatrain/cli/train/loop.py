@@ -16,7 +16,6 @@ from megatrain.cli.train.hub import push
 from megatrain.cli.train.progress import Progress, describe
 from megatrain.cli.train.ranks import Ranks
 from megatrain.cli.train.reference import LossInputs
-from megatrain.cli.train.rows import batches
 from megatrain.cli.train.stop import StopRequest
 from megatrain.cli.train.trackers import Tracker
 from megatrain.config.run import RunConfig
@@ -100,7 +99,7 @@ def endless(run: Run) -> Iterator[Batch]:
     """Yield training batches over and over; each pass has its own order."""
     while True:
         empty = True
-        for batch in batches(run.config, run.loader):
+        for batch in run.loader:
             empty = False
             yield batch
         assert not empty, "the loader has no batch"
@@ -139,8 +138,7 @@ def evaluate_now(run: Run) -> None:
     """Evaluate, tell, and save `best` if it is.  Collective."""
     if run.eval_loader is None:
         return
-    held_out = batches(run.config, run.eval_loader)
-    metrics = evaluate(run.model, held_out, run.loss_inputs)
+    metrics = evaluate(run.model, run.eval_loader, run.loss_inputs)
     run.history.add({"step": run.done, **metrics})
     for tracker in run.trackers:
         tracker.log(metrics, run.done)

@@ -1,7 +1,7 @@
 """The run's rows: sources read, preprocessed, filtered, mixed, encoded and packed."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -52,16 +52,6 @@ def evaluation_loader(config: RunConfig, dataset: Dataset) -> DataLoader:
     """Return the batches to evaluate on, in their order."""
     train = config.train
     return DataLoader(dataset, train.eval_batch_size or train.batch_size)
-
-
-def batches(config: RunConfig, loader: DataLoader) -> Iterator[list[Any]]:
-    """Yield one epoch's batches.
-
-    A pair is read here, on every rank: it becomes two data, whose sizes its row does not say.
-    """
-    is_pair = RECIPES[config.recipe].unit > 1
-    for batch in loader:
-        yield [dict(row) for row in batch] if is_pair else batch
 
 
 def _encoded(config: RunConfig, sources: Sequence[SourceSection], dataset: Dataset) -> Dataset:

@@ -4,17 +4,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatrain.config.lora import LoraSpec
+from megatrain.config.model import DEFAULT_TOKENS_PER_MICROBATCH
 from megatrain.errors import ConfigError
 
 BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 """Of one entry, by mixed_precision."""
 
-MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 0, "Muon": 2}
+MOMENTS = {"default": 2, "AdamW": 2, "Adam": 2, "SGD": 0, "Muon": 2}
 """Float32 numbers that an optimizer keeps for each entry.  Muon keeps one for matrices, and AdamW
 two for the rest: two is the upper bound."""
-
-DEFAULT_TOKENS_PER_MICROBATCH = 4096
-"""As in training, where no budget is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,16 @@ CASES = {
         "LayoutError",
         "world=1.*product 2",
     ),
-    "a model before initialize": (
+    "a model of nothing, which joins by itself": (
         "megatrain.MegatronModel('/nowhere')",
-        "StateError",
-        "megatrain.initialize",
+        "CheckpointError",
+        "/nowhere",
+    ),
+    "another mesh than the session's": (
+        "megatrain.initialize(platform='cpu'); "
+        "megatrain.MegatronModel('/nowhere', device_mesh=megatrain.DeviceMesh(tp=2))",
+        "ConfigError",
+        "tp2",
     ),
     "an unknown name": ("megatrain.initialise()", "AttributeError", "initialise"),
 }

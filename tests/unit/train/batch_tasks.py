@@ -7,7 +7,7 @@ from megatrain.api.session import current_session
 
 def plan_all(cases: list[dict[str, Any]]) -> list[list[list[int]]]:
     """Return plan_bins of each case."""
-    from megatrain.train.batch import plan_bins
+    from megatrain.train.bins import plan_bins
 
     return [plan_bins(**case) for case in cases]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatrain.errors import ConfigError
 from megatrain.config.names import check_known
+from megatrain.errors import ConfigError
 
 
 def test_known_names_pass():
