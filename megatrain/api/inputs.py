@@ -5,7 +5,7 @@ from typing import Any
 
 from megatrain.config.plugins import build
 from megatrain.data.input_processor import InputProcessor
-from megatrain.errors import DataError
+from megatrain.errors import ConfigError, DataError
 from megatrain.types import LazyRow
 
 
@@ -16,16 +16,24 @@ class Inputs:
         self.template: Any = None
         self.processor: Any = InputProcessor()
 
-    def set_template(self, spec: Any, model_id: str, options: Mapping[str, Any]) -> None:
-        """Choose the template; a class or name gets `model_id`, whose tokenizer it uses."""
-        built = hasattr(spec, "encode") and not isinstance(spec, type)
-        self.template = build(
-            "template", spec, options if built else {"model_id": model_id, **options}
-        )
+    def set_template(
+        self, spec: Any, model_id: str | None, options: Mapping[str, Any], *, base: str, trust: bool
+    ) -> None:
+        """Choose the template; a class or name uses the tokenizer of `model_id`, or of `base`."""
+        given = {} if model_id is None else {"model_id": model_id}
+        if not isinstance(spec, str | type):
+            if given:
+                raise ConfigError(
+                    f"model_id={model_id!r} has no effect on a template that is built already",
+                    hint="give the class, or leave model_id out",
+                )
+        elif not given and "tokenizer" not in options:
+            given = {"model_id": base}
+        self.template = build("template", spec, {**given, **options}, trust_remote_code=trust)
 
-    def set_processor(self, spec: Any, options: Mapping[str, Any]) -> None:
+    def set_processor(self, spec: Any, options: Mapping[str, Any], *, trust: bool) -> None:
         """Choose what turns rows into model inputs."""
-        self.processor = build("processor", spec, options)
+        self.processor = build("processor", spec, options, trust_remote_code=trust)
 
     def __call__(self, rows: Any) -> Any:
         """Return model inputs.  Raises DataError."""
@@ -36,11 +44,12 @@ class Inputs:
     def _encode(self, index: int, row: Any) -> Any:
         if isinstance(row, LazyRow) or not isinstance(row, Mapping):
             return row  # asking it what it has would read it
-        if "messages" not in row or "input_ids" in row:
+        is_standard = "messages" in row or "text" in row or {"chosen", "rejected"} <= row.keys()
+        if not is_standard or "input_ids" in row or "chosen_input_ids" in row:
             return row
         if self.template is None:
             raise DataError(
-                f"datum {index} is a conversation, and the model has no template",
+                f"datum {index} is not encoded, and the model has no template",
                 hint="call model.set_template('Template'), or encode the dataset",
             )
         encoded = self.template.encode(row)

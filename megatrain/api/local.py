@@ -53,20 +53,22 @@ def add_adapter(
             f"an adapter's name must be letters, digits, '-' and '_': {name!r}",
             hint="names of torch.nn.ModuleDict's methods will not do either",
         )
-    if not spec.is_all_linear:
-        _check_exportable(network, spec)
+    _check_exportable(network, spec)
     network.add_adapter(name, spec, seed=seed)
     trainer.add(name, accumulation_steps=accumulation_steps)
 
 
-def set_loss(trainer: Trainer, name: str, spec: Any, options: dict[str, Any]) -> None:
+def set_loss(
+    trainer: Trainer, name: str, spec: Any, options: dict[str, Any], *, trust: bool
+) -> None:
     """Choose an adapter's loss."""
-    trainer.set_loss(name, make_loss(spec, options))
+    trainer.set_loss(name, make_loss(spec, options, trust_remote_code=trust))
 
 
-def apply_patch(trainer: Trainer, spec: Any, options: dict[str, Any]) -> bool:
+def apply_patch(trainer: Trainer, spec: Any, options: dict[str, Any], *, trust: bool) -> bool:
     """Apply a user's patch to this rank's part of the model."""
-    return bool(apply_to_model([build("patch", spec, options)], trainer.network.chunks))
+    patch = build("patch", spec, options, trust_remote_code=trust)
+    return bool(apply_to_model([patch], trainer.network.chunks))
 
 
 def _check_exportable(network: Network, spec: LoraSpec) -> None:
@@ -74,11 +76,15 @@ def _check_exportable(network: Network, spec: LoraSpec) -> None:
     kinds = {
         re.sub(r"\d+", "*", module): module
         for module in network.table.all_hf_modules()
-        if spec.matches(module)
+        if not spec.is_all_linear and spec.matches(module)
     }
-    if not kinds:
+    if not kinds and not network.has_scores:
         return
-    skeleton = Skeleton(json.loads((network.folder / "config.json").read_text()))
+    config = json.loads((network.folder / "config.json").read_text())
+    try:
+        skeleton = Skeleton(config, has_score=network.has_scores)
+    except ValueError as error:
+        raise ConfigError(f"Transformers has no reward model of this family: {error}") from error
     for module in kinds.values():
         try:
             skeleton.place(module)

@@ -103,19 +103,37 @@ class MegatronModel:
         name = self._name(adapter_name)
         self._trainer.set_schedule(name, scheduler_cls, options)
 
-    def set_loss(self, loss_cls: Any, *, adapter_name: str | None = None, **options: Any) -> None:
+    def set_loss(
+        self,
+        loss_cls: Any,
+        *,
+        adapter_name: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
         """Choose what forward_backward minimises: a name, a subclass of Loss, or a function.
 
-        Options are the loss's own.  Raises ConfigError for an unknown name or option.
+        Options are the loss's own.  `trust_remote_code` allows "file.py:Name" and hub ids, whose
+        code is run.  Raises ConfigError for an unknown name or option.
         """
         name = self._name(adapter_name)
-        self._engine.set_loss(self._trainer, name, loss_cls, options)
+        self._engine.set_loss(self._trainer, name, loss_cls, options, trust=trust_remote_code)
+        self._metrics[name] = Metrics()
 
     def set_processor(
-        self, processor_cls: Any, *, adapter_name: str | None = None, **options: Any
+        self,
+        processor_cls: Any,
+        *,
+        adapter_name: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
     ) -> None:
-        """Choose what turns rows into model inputs: a name or a subclass of InputProcessor."""
-        self._inputs[self._name(adapter_name)].set_processor(processor_cls, options)
+        """Choose what turns rows into model inputs: a name or a subclass of InputProcessor.
+
+        The base sees what the first adapter sees.  `trust_remote_code` as in set_loss.
+        """
+        inputs = self._inputs[self._name(adapter_name)]
+        inputs.set_processor(processor_cls, options, trust=trust_remote_code)
 
     def set_template(
         self,
@@ -123,18 +141,26 @@ class MegatronModel:
         model_id: str | None = None,
         *,
         adapter_name: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        """Choose what encodes inputs that are conversations: a name or a subclass of Template."""
-        inputs = self._inputs[self._name(adapter_name)]
-        inputs.set_template(template_cls, model_id or self.model_id, options)
+        """Choose what encodes inputs that are not tokens yet: a name or a subclass of Template.
 
-    def apply_patch(self, patch_cls: Any, **options: Any) -> bool:
+        It uses the model's own tokenizer unless `model_id` says another.  The base sees what the
+        first adapter sees.  `trust_remote_code` as in set_loss.
+        """
+        self._inputs[self._name(adapter_name)].set_template(
+            template_cls, model_id, options, base=str(self.model_id), trust=trust_remote_code
+        )
+
+    def apply_patch(
+        self, patch_cls: Any, *, trust_remote_code: bool = False, **options: Any
+    ) -> bool:
         """Make a named change to the model if it applies; tell whether it did.
 
         `patch_cls` is a name or a subclass of Patch.  Every rank must call it.
         """
-        return self._engine.apply_patch(self._trainer, patch_cls, options)
+        return self._engine.apply_patch(self._trainer, patch_cls, options, trust=trust_remote_code)
 
     def forward_backward(
         self,
@@ -153,7 +179,11 @@ class MegatronModel:
         name = self._name(adapter_name)
         start = time.perf_counter()
         output = self._trainer.forward_backward(
-            name, self._inputs[name](inputs), loss_inputs, micro_batch_size=micro_batch_size
+            name,
+            inputs,
+            loss_inputs,
+            micro_batch_size=micro_batch_size,
+            prepare=self._inputs[name],
         )
         self._metrics[name].add(output, time.perf_counter() - start)
         return output
@@ -169,12 +199,17 @@ class MegatronModel:
         """Return log-probabilities and the loss under an adapter; without adapters, the base.
 
         `adapter_name` "" asks for the base although there are adapters.  A loss that needs inputs
-        which the call has not is replaced by the cross-entropy.
+        which the call has not, or whole pairs, is replaced by the cross-entropy.
         """
         base = adapter_name == BASE or (adapter_name is None and not self._trainer.trained)
         name = BASE if base else self._name(adapter_name)
+        shared = name if name in self._trainer.trained else next(iter(self._trainer.trained), BASE)
         return self._trainer.forward_only(
-            name, self._inputs[name](inputs), loss_inputs, micro_batch_size=micro_batch_size
+            name,
+            inputs,
+            loss_inputs,
+            micro_batch_size=micro_batch_size,
+            prepare=self._inputs[shared],
         )
 
     def clip_grad_and_step(

@@ -34,6 +34,8 @@ class MicroBatch:
     """The labels they predict."""
     places_N: Tensor
     """Which of the M labels each is; -1 for a dummy."""
+    has_labels: bool
+    """False if the only entry is a dummy."""
     slots_N: Tensor
     """Where each result goes in the flat global result; -1 for a dummy."""
     labels: WholeLabels

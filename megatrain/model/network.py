@@ -121,12 +121,12 @@ class Network:
             self.head.score_1H = adapter.score.parameter
 
     def run(
-        self, batches: Sequence[MicroBatch], loss: LossFunction | None, *, train: bool
+        self, batches: Sequence[MicroBatch], loss: LossFunction, *, train: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Send micro-batches through the pipeline; with `train`, backward as well.
 
-        Returns, of each micro-batch on the last stage, the head's rows and what the loss keeps
-        (nothing without a loss); elsewhere empty lists.
+        Returns, of each micro-batch on the last stage, the head's first row (1, N) and what the
+        loss keeps; elsewhere empty lists.
         Collective: every rank brings as many micro-batches.
         """
         from megatron.core.pipeline_parallel import (  # noqa: PLC0415 - patched first
@@ -147,7 +147,7 @@ class Network:
                 micro_batch_size=1,
                 forward_only=not train,
             )
-        return [r["rows"] for r in results], [r["kept"] for r in results if "kept" in r]
+        return [r["rows"] for r in results], [r["kept"] for r in results]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class _ForwardStep:
     """What Megatron's schedule calls for each micro-batch and model chunk."""
 
     head: Head
-    loss: LossFunction | None
+    loss: LossFunction
 
     def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
@@ -175,14 +175,13 @@ class _Result:
     """From the last stage's output to (loss, tokens, what is kept)."""
 
     batch: MicroBatch
-    loss: LossFunction | None
+    loss: LossFunction
 
     def __call__(self, rows_RN: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tokens = torch.tensor(0, dtype=torch.int, device=rows_RN.device)
-        if self.loss is None:
-            return rows_RN.sum() * 0.0, tokens, {"rows": rows_RN.detach()}
         value, kept = self.loss(rows_RN, self.batch)
-        return value, tokens, {"rows": rows_RN.detach(), "kept": kept}
+        # A copy of what is asked for: a view would keep the other rows of every micro-batch.
+        return value, tokens, {"rows": rows_RN[:1].detach().clone(), "kept": kept}
 
 
 def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:

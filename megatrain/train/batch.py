@@ -12,6 +12,7 @@ from megatrain.model.microbatch import MicroBatch
 from megatrain.parallel.groups import Groups
 from megatrain.train.bins import plan_bins
 from megatrain.train.datum import BatchRules, Datum, read_content
+from megatrain.train.loss_inputs import check_alike
 from megatrain.train.pack import PackedDatum, Packer
 
 
@@ -54,6 +55,8 @@ class BatchPlan:
         mesh = self.groups.mesh
         rank = self.groups.collection.dp.rank()
         mine = [[self._read(self.data[i]) for i in b] for b in self.bins[rank :: mesh.dp]]
+        alike = [(member.index, member.content.inputs) for members in mine for member in members]
+        check_alike(self.rules.loss, alike)
         packer = Packer(self.groups, self.rules.loss)
         lengths = [packer.padded_lengths(members) for members in mine]
         if mesh.vpp > 1:  # the interleaved schedule knows one length only

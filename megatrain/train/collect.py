@@ -1,6 +1,7 @@
 """Results of all ranks, on all ranks: values in request order, sums over the global batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,13 +10,23 @@ from torch import Tensor
 from megatrain.errors import NonFiniteError, StateError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.train.batch import BatchPlan
+from megatrain.train.loss import Loss
 from megatrain.train.objective import Objective
 from megatrain.types import StepOutput
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPlan:
+    """A batch that is checked, planned and packed, and what its loss is divided by."""
+
+    plan: BatchPlan
+    batches: list[MicroBatch]
+    loss: Loss
+    divisor: float
+
+
 def collect(
-    plan: BatchPlan,
-    batches: Sequence[MicroBatch],
+    packed: PackedPlan,
     rows: Sequence[Tensor],
     totals: Sequence[Tensor],
     objective: Objective,
@@ -24,26 +35,25 @@ def collect(
 
     `rows` and `totals` are what Network.run returned.  Collective over all ranks.
     """
-    groups = plan.groups
+    plan, groups = packed.plan, packed.plan.groups
     mine = torch.zeros(1 + 2 * len(objective.names), dtype=torch.float64, device=groups.device)
     for each in totals:
         mine += each
     if objective.failure is not None:
         status = _FAILED
     else:
-        status = 0.0 if bool(torch.isfinite(mine).all()) else _NOT_FINITE
-    flat = _gather(plan, batches, rows, status)
+        status = 0.0 if bool(torch.isfinite(mine[0])) else _NOT_FINITE
+    flat = _gather(plan, packed.batches, rows, status)
     if isinstance(flat, Exception):
         return objective.failure or flat
     dist.all_reduce(mine)
     loss_sum, statistics = objective.summary(mine.tolist())
     values = flat.cpu().numpy()
-    divisor = objective.loss.divisor([datum.num_labels for datum in plan.data])
     return StepOutput(
-        loss=loss_sum / divisor if divisor else 0.0,
+        loss=loss_sum / packed.divisor if packed.divisor else 0.0,
         logps=[values[datum.start : datum.start + datum.size] for datum in plan.data],
         num_tokens=plan.num_labels,
-        divisor=divisor,
+        divisor=packed.divisor,
         statistics={name: s / c for name, (s, c) in statistics.items() if c},
         counts={name: c for name, (_, c) in statistics.items() if c},
     )

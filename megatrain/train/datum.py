@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatrain.errors import DataError
 from megatrain.train.loss import Loss
-from megatrain.train.loss_inputs import TEACHER_TOKENS, Arrays, check_inputs
+from megatrain.train.loss_inputs import TEACHER_TOKENS, Arrays, check_alike, check_inputs
 from megatrain.types import IGNORED_LABEL, InputFeature, LazyRow
 
 Ints = npt.NDArray[np.int64]
@@ -98,8 +98,9 @@ def check_batch(
 def _check_columns(size: int, loss_inputs: Mapping[str, Any]) -> dict[str, Any]:
     columns = {name: values for name, values in loss_inputs.items() if values is not None}
     for name, values in columns.items():
-        if not hasattr(values, "__len__") or len(values) != size:
-            found = len(values) if hasattr(values, "__len__") else repr(values)
+        is_list = isinstance(values, Sequence) or getattr(values, "ndim", 0) >= 1
+        if not is_list or isinstance(values, str | bytes) or len(values) != size:
+            found = len(values) if is_list else type(values).__name__
             raise DataError(f"{name} must have one entry for each of {size} data: got {found}")
     return columns
 
@@ -109,7 +110,8 @@ def _make_datum(
 ) -> Datum:
     if isinstance(item, LazyRow):
         digest = hashlib.blake2b(f"{item.key}:{item.num_tokens}".encode(), digest_size=8)
-        digest.update(repr(sorted(given.items())).encode())
+        for name, value in sorted(given.items()):
+            digest.update(name.encode() + np.asarray(value).tobytes())
         return Datum(
             index, item.num_tokens, item.num_labels, start, digest.digest(), None, item, given
         )
@@ -127,7 +129,10 @@ def _digest(content: Content) -> bytes:
 
 
 def _check_whole(data: Sequence[Datum], rules: BatchRules) -> None:
-    if rules.train and not any(datum.num_labels for datum in data):
+    read = [(datum.index, datum.content.inputs) for datum in data if datum.content is not None]
+    check_alike(rules.loss, read)
+    scores = rules.loss is not None and rules.loss.uses_scores
+    if rules.train and not scores and not any(datum.num_labels for datum in data):
         raise DataError(
             f"nothing to train on: none of the {len(data)} data has a label after its first token",
             hint=f"labels other than {IGNORED_LABEL} are trained on; the first is never predicted",
@@ -168,7 +173,7 @@ def read_content(
     own = {name: item[name] for name in known if item.get(name) is not None}
     inputs = check_inputs(index, rules.loss, content.where_L, len(ids), own, given or {})
     if TEACHER_TOKENS in inputs:
-        _check_range(index, TEACHER_TOKENS, inputs[TEACHER_TOKENS].ravel(), rules.vocab_size)
+        _check_teacher(index, inputs[TEACHER_TOKENS], rules.vocab_size)
     if len(lengths) > 1:
         _check_packed(index, rules.loss)
     return Content(ids, labels, lengths, inputs)
@@ -220,6 +225,16 @@ def _lengths(index: int, item: Mapping[str, Any], size: int) -> tuple[int, ...]:
             raise DataError(f"lengths and position_ids of datum {index} contradict each other")
         lengths = found
     return (size,) if lengths is None else tuple(int(n) for n in lengths)
+
+
+def _check_teacher(index: int, tokens_LK: Ints, vocab_size: int) -> None:
+    _check_range(index, TEACHER_TOKENS, tokens_LK.ravel(), vocab_size)
+    in_order = np.sort(tokens_LK, axis=1)
+    if (in_order[:, 1:] == in_order[:, :-1]).any():
+        raise DataError(
+            f"{TEACHER_TOKENS} of datum {index} has a token twice for one label",
+            hint="give each label K different tokens; fill up with others at -inf",
+        )
 
 
 def _check_packed(index: int, loss: Loss | None) -> None:

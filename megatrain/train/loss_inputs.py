@@ -1,6 +1,6 @@
 """What a loss takes beside the data, checked and put on the labels it belongs to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ def _array(
     bad = np.isnan(array) | (array == np.inf) if spec.kind == "top_k" else ~np.isfinite(array)
     if bad.any():
         raise DataError(f"{what} has a value that is not finite")
+    if not len(where_L) and not array.size:
+        return np.zeros((0, 0) if spec.kind == "top_k" else 0, dtype=dtype)
     if spec.kind == "sequence":
         if array.size != 1:
             raise DataError(f"{what} must be one number: got shape {array.shape}")
@@ -86,20 +88,30 @@ def _array(
 def stack_inputs(
     loss: Loss | None, data: list[tuple[int, Mapping[str, npt.NDArray[Any]]]]
 ) -> Arrays:
-    """Return the inputs of several data, (index, inputs) each, as (M,), (S,) or (M, K) by name.
-
-    Raises DataError for an optional input that only some of them have, and for a K that differs.
-    """
+    """Return the inputs of several data, (index, inputs) each, as (M,), (S,) or (M, K) by name."""
     result: Arrays = {}
     for name, spec in ({} if loss is None else loss.inputs).items():
         values = [inputs[name] for _, inputs in data if name in inputs]
         if not values:
             continue
-        if len(values) < len(data):
-            without = [index for index, inputs in data if name not in inputs]
-            raise DataError(f"{name} must be given for all data or for none: {without} have none")
-        widths = {array.shape[1] for array in values} if spec.kind == "top_k" else {1}
-        if len(widths) > 1:
-            raise DataError(f"{name} must be equally wide for all data: got {sorted(widths)}")
+        if spec.kind == "top_k":  # a datum without labels has no K
+            values = [array for array in values if len(array)] or values[:1]
         result[name] = np.stack(values) if spec.kind == "sequence" else np.concatenate(values)
     return result
+
+
+def check_alike(
+    loss: Loss | None, data: Sequence[tuple[int, Mapping[str, npt.NDArray[Any]]]]
+) -> None:
+    """Raise DataError for an input that only some data, (index, inputs) each, have, or another K.
+
+    It is asked of the whole batch, so that packing does not decide.
+    """
+    for name, spec in ({} if loss is None else loss.inputs).items():
+        without = [index for index, inputs in data if name not in inputs]
+        if without and len(without) < len(data):
+            raise DataError(f"{name} must be given for all data or for none: {without} have none")
+        if spec.kind == "top_k" and not without:
+            widths = {inputs[name].shape[1] for _, inputs in data if len(inputs[name])}
+            if len(widths) > 1:
+                raise DataError(f"{name} must be equally wide for all data: got {sorted(widths)}")

@@ -30,23 +30,29 @@ class Objective:
         """What the loss raised.  It is raised after the pass: other ranks wait in the pipeline."""
 
     def __call__(self, rows_RN: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return the loss's sum, and totals to be summed over ranks: (1 + 2 * names,), float64.
+        """Return a scalar with the gradient of the loss's sum, and totals to be summed over ranks.
 
-        Totals are the loss, then a sum for each name, then a count for each.  They are 0 on all
-        CP and TP ranks but the first.  Collective over CP.
+        Totals, (1 + 2 * names,) float64, are the loss, then a sum for each name, then a count for
+        each.  They are 0 on all CP and TP ranks but the first.  Collective over CP.
         """
         nothing = rows_RN.new_zeros(1 + 2 * len(self.names), dtype=torch.float64)
-        rows_RM = _whole(rows_RN, batch, self.groups.collection.cp)
-        if not rows_RM.shape[1] or self.failure is not None:
+        needs_grad = rows_RN.requires_grad
+        rows = rows_RN.detach().requires_grad_(needs_grad)
+        rows_RM = _whole(rows, batch, self.groups.collection.cp)
+        if not batch.labels.num_sequences or self.failure is not None:
             return rows_RN.sum() * 0.0, nothing
         try:
             value, statistics = self.loss(self._loss_batch(rows_RM, batch))
-            totals = self._totals(value, statistics, rows_RM)
+            totals = self._totals(value, statistics, rows_RM.detach())
+            # What the pipeline gets is linear, so that a user's backward cannot fail inside it.
+            surrogate = rows_RN.sum() * 0.0
+            if needs_grad and rows_RM.shape[1]:
+                surrogate = (rows_RN * _gradient(value, rows, self.loss)).sum()
         except Exception as error:  # noqa: BLE001 - a user's code; see `failure`
             self.failure = error
             return rows_RN.sum() * 0.0, nothing
         is_first = self.groups.collection.cp.rank() == 0 and self.groups.tp.rank() == 0
-        return value, totals if is_first else nothing
+        return surrogate, totals if is_first else nothing
 
     def _totals(self, value: Tensor, statistics: Statistics, rows_RM: Tensor) -> Tensor:
         if value.dim():
@@ -85,6 +91,17 @@ class Objective:
         return totals[0], dict(zip(self.names, pairs, strict=True))
 
 
+def _gradient(value: Tensor, rows_RN: Tensor, loss: Loss) -> Tensor:
+    """Return d value / d rows.  Raises ConfigError for a value that does not depend on them."""
+    if not value.requires_grad:
+        raise ConfigError(
+            f"{type(loss).__name__} returned a number without gradient",
+            hint="compute it from the batch's log-probabilities, without detach() or item()",
+        )
+    (gradient,) = torch.autograd.grad(value, rows_RN)
+    return gradient
+
+
 def _number(value: Tensor | float, like: Tensor) -> Tensor:
     """Return a float64 scalar without gradient on the device of `like`: no wait for a GPU."""
     return torch.as_tensor(value, device=like.device).detach().to(torch.float64).reshape(())
@@ -106,8 +123,8 @@ class ScoresOnly(Loss):
 
 def _whole(rows_RN: Tensor, batch: MicroBatch, group: dist.ProcessGroup) -> Tensor:
     """Return all M labels' columns in the order of the data.  Collective over `group`."""
-    real = batch.places_N >= 0
-    own, where = rows_RN[:, real], batch.places_N[real]
+    size = rows_RN.shape[1] if batch.has_labels else 0
+    own, where = rows_RN[:, :size], batch.places_N[:size]
     if group.size() == 1:
         return own
     everyone = rows_RN.new_zeros(len(rows_RN), len(batch.labels.sequence_M))

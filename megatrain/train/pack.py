@@ -65,14 +65,15 @@ class Packer:
                 local_positions(lengths, cp_size=cp_group.size(), cp_rank=cp_group.rank())
             )
         index = np.flatnonzero(flat.slots[mine] >= 0)
-        if not len(index):
+        has_labels = len(index) > 0
+        if not has_labels:
             index = np.zeros(1, dtype=np.int64)
         where = mine[index]
         # The m-th label in the order of the data is the m-th slot that is used.
         places = np.where(flat.slots >= 0, np.cumsum(flat.slots >= 0) - 1, -1)
         inputs = stack_inputs(self.loss, [(m.index, m.content.inputs) for m in members])
         extra = None
-        if TEACHER_TOKENS in inputs:
+        if len(inputs.get(TEACHER_TOKENS, ())):
             extra = self._tensor(inputs[TEACHER_TOKENS][np.maximum(places[where], 0)])
         return MicroBatch(
             input_ids_1T=self._tensor(flat.ids[mine][None]),
@@ -81,6 +82,7 @@ class Packer:
             label_index_N=self._tensor(index),
             targets_N=self._tensor(flat.targets[where]),
             places_N=self._tensor(places[where]),
+            has_labels=has_labels,
             slots_N=self._tensor(flat.slots[where]),
             labels=WholeLabels(
                 sequence_M=self._tensor(flat.sequences[flat.slots >= 0]),

@@ -9,20 +9,19 @@ comes at the step, so that neither the packing nor the number of calls changes a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from megatrain.errors import ConfigError, DataError, NonFiniteError, StateError
-from megatrain.model.microbatch import MicroBatch
+from megatrain.errors import ConfigError, NonFiniteError, StateError
 from megatrain.model.network import Network
 from megatrain.parallel.dropout import seed_dropout
 from megatrain.train.agree import agree
 from megatrain.train.batch import BatchPlan
-from megatrain.train.collect import collect
-from megatrain.train.datum import BatchRules, check_batch
+from megatrain.train.collect import PackedPlan, collect
+from megatrain.train.datum import BatchRules, Datum, check_batch
 from megatrain.train.loss import Loss
 from megatrain.train.loss_inputs import check_names
 from megatrain.train.losses.likelihood import CrossEntropyLoss
@@ -30,7 +29,7 @@ from megatrain.train.losses.reward_model import RewardModelLoss
 from megatrain.train.objective import Objective, ScoresOnly
 from megatrain.train.optimizer import GradientAccumulator, check_optimizer, make_optimizer
 from megatrain.train.schedule import make_schedule
-from megatrain.types import InputFeature, StepOutput
+from megatrain.types import InputFeature, LazyRow, StepOutput
 
 BASE = ""
 """The name that stands for the base model's own parameters where an adapter is named."""
@@ -62,6 +61,21 @@ class Trained:
     """Norm of the last gradient, before clipping."""
 
 
+Prepare = Callable[[Any], Sequence[InputFeature]]
+"""From what a script passes to data; what it raises is raised on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of forward_backward or forward_only, beside its data."""
+
+    name: str
+    loss_inputs: Mapping[str, Any]
+    micro_batch_size: int | None
+    prepare: Prepare | None
+    train: bool
+
+
 class Trainer:
     """Trains the adapters of one network."""
 
@@ -87,23 +101,27 @@ class Trainer:
 
     def set_optimizer(self, name: str, kind: str, options: dict[str, Any]) -> None:
         """Choose the optimizer of an adapter.  Collective."""
-        if self.network.config.mixed_precision == "fp16":
-            raise ConfigError(
-                "training in fp16 is not supported: its gradients underflow without loss scaling",
-                hint="use mixed_precision='bf16' or 'no'; fp16 is for forward_only",
-            )
+        self._check_precision()
         trained = self.trained[name]
         trained.optimizer = make_optimizer(kind, trained.gradients, options)
         trained.optimizer_choice = kind, dict(options)
         trained.schedule = trained.schedule_choice = None
 
+    def _check_precision(self) -> None:
+        if self.network.config.mixed_precision == "fp16":
+            raise ConfigError(
+                "training in fp16 is not supported: its gradients underflow without loss scaling",
+                hint="use mixed_precision='bf16' or 'no'; fp16 is for forward_only",
+            )
+
     def train_base(self, kind: str, options: dict[str, Any]) -> None:
         """Start to train all of the base with this optimizer, or change nothing."""
+        self._check_precision()
         check_optimizer(kind, options)
         self.add(BASE)
         try:
             self.set_optimizer(BASE, kind, options)
-        except ConfigError:
+        except BaseException:
             self.trained.pop(BASE).gradients.release()
             self.network.freeze_base()
             raise
@@ -134,13 +152,15 @@ class Trainer:
     def forward_backward(
         self,
         name: str,
-        inputs: Sequence[InputFeature],
+        inputs: Any,
         loss_inputs: Mapping[str, Any] | None = None,
         *,
         micro_batch_size: int | None = None,
+        prepare: Prepare | None = None,
     ) -> StepOutput:
         """Add this batch's gradients to an adapter.  Collective.
 
+        `prepare` makes InputFeatures of `inputs`; without one they are such.
         Raises DataError before anything has changed; NonFiniteError, with the gradients as they
         were before the call, if a loss is not a number.
         """
@@ -150,91 +170,90 @@ class Trainer:
                 "gradients were already summed over ranks by clip_grad_norm",
                 hint="call step and zero_grad before the next forward_backward",
             )
-        rules = BatchRules(self.network.vocab_size, trained.loss, train=True)
-        plan, batches = self._plan(inputs, rules, loss_inputs or {}, micro_batch_size)
+        call = Call(name, loss_inputs or {}, micro_batch_size, prepare, True)
+        plan = self._plan(inputs, call)
         self.network.activate(name)
         seed_dropout(self.network.groups, self.seed, name, trained.step, trained.num_passes)
         trained.num_passes += 1
         before = trained.gradients.snapshot()
-        output = self._run(plan, batches, trained.loss, train=True, step=trained.step)
-        if isinstance(output, Exception):
+        try:
+            output = self._run(plan, train=True, step=trained.step)
+        except BaseException:
             trained.gradients.restore(before)
-            raise output
+            raise
         trained.gradients.divisor += output.divisor
         return output
 
     def forward_only(
         self,
         name: str,
-        inputs: Sequence[InputFeature],
+        inputs: Any,
         loss_inputs: Mapping[str, Any] | None = None,
         *,
         micro_batch_size: int | None = None,
+        prepare: Prepare | None = None,
     ) -> StepOutput:
         """Return log-probabilities, and the loss, under an adapter, or the base for BASE.
 
-        The loss is the adapter's; where it needs inputs and the call has none, or for a base that
-        is not trained, it is the cross-entropy of all labels.  Collective.
+        The loss is the adapter's if the call brings what it needs.  It is the cross-entropy of all
+        labels where it needs inputs and the call has none, where data are no whole pairs, and for
+        a base that is not trained.  Collective.
         """
-        loss = self._loss_without_gradient(name, loss_inputs or {}, inputs)
-        rules = BatchRules(self.network.vocab_size, loss)
-        plan, batches = self._plan(inputs, rules, loss_inputs or {}, micro_batch_size)
+        call = Call(name, loss_inputs or {}, micro_batch_size, prepare, False)
+        plan = self._plan(inputs, call)
         self.network.activate(name)
         step = self.trained[name].step if name in self.trained else 0
-        output = self._run(plan, batches, loss, train=False, step=step)
-        if isinstance(output, Exception):
-            raise output
-        return output
+        return self._run(plan, train=False, step=step)
 
-    def _loss_without_gradient(
-        self, name: str, loss_inputs: Mapping[str, Any], inputs: Sequence[InputFeature]
-    ) -> Loss:
-        loss = self.trained[name].loss if name in self.trained else CrossEntropyLoss()
-        if self.network.has_scores:
-            return ScoresOnly() if len(inputs) % loss.unit else loss
-        needed = {key for key, spec in loss.inputs.items() if spec.required}
-        if not needed or loss_inputs:
+    def _loss(self, call: Call, inputs: Any) -> Loss:
+        loss = self.trained[call.name].loss if call.name in self.trained else self._default_loss()
+        if call.train:
             return loss
-        first: Any = inputs[0] if isinstance(inputs, Sequence) and inputs else None
-        given = first.keys() if isinstance(first, Mapping) else set()
-        return loss if needed <= given else CrossEntropyLoss()
+        is_whole = isinstance(inputs, Sequence) and len(inputs) % loss.unit == 0
+        if self.network.has_scores:
+            return loss if is_whole else ScoresOnly()
+        if call.loss_inputs:
+            return loss
+        needed = {key for key, spec in loss.inputs.items() if spec.required}
+        first = inputs[0] if is_whole and inputs else None
+        if isinstance(first, Mapping) and not isinstance(first, LazyRow):  # that would read it
+            needed -= first.keys()
+        return CrossEntropyLoss() if needed or not is_whole else loss
 
-    def _plan(
-        self,
-        inputs: Sequence[InputFeature],
-        rules: BatchRules,
-        loss_inputs: Mapping[str, Any],
-        micro_batch_size: int | None,
-    ) -> tuple[BatchPlan, list[MicroBatch]]:
+    def _plan(self, inputs: Any, call: Call) -> PackedPlan:
         """Check the batch, plan and pack it; all ranks go on with the same one, or none does.
 
-        Raises DataError on every rank if any rank refuses its batch or has another one.
-        Collective.
+        Raises DataError, or what a row's reader raised, on every rank if any rank refuses its
+        batch or has another one; ConfigError for a divisor that is none.  Collective.
         """
-        network, config, loss = self.network, self.network.config, rules.loss
-        assert loss is not None
+        network, config = self.network, self.network.config
         tokens, size = config.max_tokens_per_microbatch, config.micro_batch_size
-        if micro_batch_size is not None:
-            tokens, size = None, micro_batch_size
         try:
-            check_names(loss, loss_inputs)
-            data = check_batch(inputs, rules, loss_inputs)
+            if call.micro_batch_size is not None:
+                tokens, size = None, _positive(call.micro_batch_size)
+            rows = inputs if call.prepare is None else call.prepare(inputs)
+            loss = self._loss(call, rows)
+            check_names(loss, call.loss_inputs)
+            rules = BatchRules(network.vocab_size, loss, train=call.train)
+            data = check_batch(rows, rules, call.loss_inputs)
             plan = BatchPlan(data, network.groups, rules, max_tokens=tokens, max_data=size)
-            batches = plan.micro_batches()
-        except DataError as error:
+            divisor = _divisor(loss, data, train=call.train)
+            packed = PackedPlan(plan, plan.micro_batches(), loss, divisor)
+        except Exception:  # a row's reader and a loss are anybody's code; others wait in agree
             agree(None, network.groups)
-            raise error
-        agree([datum.digest for datum in data], network.groups)
-        return plan, batches
+            raise
+        what = repr((call.name, type(loss).__qualname__, call.train, tokens, size)).encode()
+        agree([what, *(datum.digest for datum in data)], network.groups)
+        return packed
 
-    def _run(
-        self, plan: BatchPlan, batches: list[MicroBatch], loss: Loss, *, train: bool, step: int
-    ) -> StepOutput | Exception:
-        objective = Objective(loss, self.network.groups)
-        rows, totals = self.network.run(batches, objective, train=train)
-        result = collect(plan, batches, rows, totals, objective)
+    def _run(self, plan: PackedPlan, *, train: bool, step: int) -> StepOutput:
+        objective = Objective(plan.loss, self.network.groups)
+        rows, totals = self.network.run(plan.batches, objective, train=train)
+        result = collect(plan, rows, totals, objective)
         if isinstance(result, NonFiniteError):
-            return NonFiniteError(f"{result.message} at step {step}", hint=result.hint)
+            raise NonFiniteError(f"{result.message} at step {step}", hint=result.hint)
+        if isinstance(result, Exception):
+            raise result
         return result
 
     def clip_grad_norm(self, name: str, max_grad_norm: float) -> float:
@@ -243,8 +262,7 @@ class Trainer:
         The norm is over all parameters of the adapter on all ranks, each counted once.
         `max_grad_norm` of 0 or infinity does not clip.  Collective.
         """
-        if not max_grad_norm >= 0:
-            raise ConfigError(f"max_grad_norm must be 0 (do not clip) or more: {max_grad_norm}")
+        _check_max_norm(max_grad_norm)
         trained = self.trained[name]
         norm = trained.gradients.norm()
         if not math.isfinite(norm):
@@ -283,12 +301,13 @@ class Trainer:
         """
         trained = self.trained[name]
         self._optimizer(name)
-        trained.num_calls += 1
-        if trained.num_calls < trained.accumulation_steps:
+        _check_max_norm(max_grad_norm)
+        if trained.num_calls + 1 < trained.accumulation_steps:
+            trained.num_calls += 1
             return None
-        trained.num_calls = 0
         norm = self.clip_grad_norm(name, max_grad_norm)
         self.step(name)
+        trained.num_calls = 0
         trained.gradients.zero()
         self.lr_step(name)
         return norm
@@ -297,3 +316,21 @@ class Trainer:
         """Forget an adapter's gradients, and the calls that led to them."""
         self.trained[name].gradients.zero()
         self.trained[name].num_calls = 0
+
+
+def _check_max_norm(max_grad_norm: float) -> None:
+    if not max_grad_norm >= 0:
+        raise ConfigError(f"max_grad_norm must be 0 (do not clip) or more: {max_grad_norm}")
+
+
+def _positive(micro_batch_size: Any) -> int:
+    if type(micro_batch_size) is not int or micro_batch_size < 1:
+        raise ConfigError(f"micro_batch_size must be an integer >= 1: {micro_batch_size!r}")
+    return micro_batch_size
+
+
+def _divisor(loss: Loss, data: Sequence[Datum], *, train: bool) -> float:
+    divisor = float(loss.divisor([datum.num_labels for datum in data]))
+    if not math.isfinite(divisor) or divisor < 0 or (train and divisor == 0):
+        raise ConfigError(f"the divisor of {type(loss).__name__} must be above 0: {divisor}")
+    return divisor

@@ -12,10 +12,15 @@ METHODS = {
     "add_adapter_to_model": "(self, adapter_name, config, *, gradient_accumulation_steps=1)",
     "set_optimizer": "(self, optimizer_cls='AdamW', *, adapter_name=None, **options)",
     "set_lr_scheduler": "(self, scheduler_cls, *, adapter_name=None, **options)",
-    "set_loss": "(self, loss_cls, *, adapter_name=None, **options)",
-    "set_processor": "(self, processor_cls, *, adapter_name=None, **options)",
-    "set_template": "(self, template_cls, model_id=None, *, adapter_name=None, **options)",
-    "apply_patch": "(self, patch_cls, **options)",
+    "set_loss": "(self, loss_cls, *, adapter_name=None, trust_remote_code=False, **options)",
+    "set_processor": (
+        "(self, processor_cls, *, adapter_name=None, trust_remote_code=False, **options)"
+    ),
+    "set_template": (
+        "(self, template_cls, model_id=None, *, adapter_name=None, trust_remote_code=False, "
+        "**options)"
+    ),
+    "apply_patch": "(self, patch_cls, *, trust_remote_code=False, **options)",
     "forward_backward": (
         "(self, *, inputs, adapter_name=None, micro_batch_size=None, **loss_inputs)"
     ),

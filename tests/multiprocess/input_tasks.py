@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from megatrain.api.session import current_session
 from tests.multiprocess.data import random_batch
 from tests.multiprocess.loss_tasks import label_counts, pairs
 from tests.multiprocess.tasks import error_of, make_model
@@ -27,6 +28,15 @@ class Row(Mapping):
 
     def __len__(self) -> int:
         return len(self.datum)
+
+
+class Broken(Row):
+    """A row whose file is gone for one rank."""
+
+    def __getitem__(self, key: str) -> Any:
+        if current_session().groups.rank == current_session().groups.mesh.world_size - 1:
+            raise OSError("the file is gone")
+        return super().__getitem__(key)
 
 
 def packed(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,6 +93,14 @@ def refusals(folder: Any) -> dict[str, Any]:
         "positions": attempt(
             "CrossEntropyLoss", inputs=[{**packed(batch), "position_ids": [0, 2, 1]}]
         ),
+        "size": attempt("CrossEntropyLoss", micro_batch_size=0),
+        "twice": attempt(
+            "DistillationLoss",
+            teacher_tokens=[[[3, 3]] * n for n in counts],
+            teacher_logps=[[[-1.0, -1.0]] * n for n in counts],
+        ),
+        "scalar": attempt("GRPOLoss", advantages=np.array(1.0)),
+        "unread": attempt("CrossEntropyLoss", inputs=[Broken(i, d) for i, d in enumerate(batch)]),
         "name": error_of(lambda: model.set_loss("GPROLoss")),
         "option": error_of(lambda: model.set_loss("GRPOLoss", epsilom=0.1)),
     }

@@ -3,8 +3,11 @@
 from typing import Any
 
 import numpy as np
+import torch
 
-from tests.multiprocess.tasks import make_model, reduced_gradient
+from megatrain.train.loss import Loss, LossBatch
+from megatrain.train.losses.likelihood import CrossEntropyLoss
+from tests.multiprocess.tasks import error_of, make_model, reduced_gradient
 
 
 def pairs(seed: int = 0, num_pairs: int = 3) -> list[dict[str, Any]]:
@@ -17,6 +20,32 @@ def pairs(seed: int = 0, num_pairs: int = 3) -> list[dict[str, Any]]:
             answer = rng.integers(0, 512, rng.integers(2, 30)).tolist()
             batch.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     return batch
+
+
+def hard_pairs() -> list[dict[str, Any]]:
+    """Return pairs of which one is without labels: a datum of one token, one that is all prompt."""
+    rng = np.random.default_rng(5)
+    prompt = rng.integers(0, 512, 9).tolist()
+    return [
+        {"input_ids": prompt[:1], "labels": prompt[:1]},
+        {"input_ids": prompt, "labels": [-100] * 9},
+        *pairs(seed=1, num_pairs=3),
+    ]
+
+
+def hard_losses(folder: Any, losses: list[tuple[str, dict[str, Any], list[str]]]) -> list[Any]:
+    """Return loss and statistics of each loss on hard_pairs, packed in two ways."""
+    model = make_model(folder)
+    batch = hard_pairs()
+    inputs = call_inputs(batch)
+    reports = []
+    for name, options, wanted in losses:
+        model.set_loss(name, **options)
+        given = {key: inputs[key] for key in wanted}
+        for size in (2, 8):
+            output = model.forward_only(inputs=batch, micro_batch_size=size, **given)
+            reports.append((name, output.loss, dict(output.statistics)))
+    return reports
 
 
 def label_counts(batch: list[dict[str, Any]]) -> list[int]:
@@ -34,7 +63,9 @@ def call_inputs(batch: list[dict[str, Any]]) -> dict[str, list[Any]]:
         "advantages": [float(rng.standard_normal()) for _ in counts],
         "label": [float(i % 2) for i in range(len(counts))],
         "kl": [0.1] * len(counts),
-        "teacher_tokens": [rng.integers(0, 512, (n, 4)).tolist() for n in counts],
+        "teacher_tokens": [
+            (rng.integers(0, 128, (n, 4)) + 128 * np.arange(4)).tolist() for n in counts
+        ],
         "teacher_logps": [np.log(rng.dirichlet(np.ones(8), n)[:, :4]).tolist() for n in counts],
     }
 
@@ -86,10 +117,51 @@ def broken(batch: Any) -> Any:
     raise RuntimeError("on purpose")
 
 
+class Constant(Loss):
+    """A loss that does not depend on the model."""
+
+    def __call__(self, batch: LossBatch) -> Any:
+        return torch.tensor(1.0), {}
+
+
+class BadBackward(Loss):
+    """A loss whose backward fails."""
+
+    def __call__(self, batch: LossBatch) -> Any:
+        values = batch.logps_N.exp()
+        loss = values.sum()
+        values.detach().mul_(2.0)  # exp's backward needs its result as it was
+        return loss, {}
+
+
+class BadDivisor(CrossEntropyLoss):
+    """A loss that cannot say what its sum is divided by."""
+
+    def divisor(self, num_labels: Any) -> float:
+        return float("nan")
+
+
+def bad_losses(folder: Any) -> Any:
+    """Return the errors of losses that fail late, and the gradient norm of a good call before."""
+    model = make_model(folder)
+    batch = pairs()
+    model.forward_backward(inputs=batch)
+    errors = {}
+    for loss in (Constant, BadBackward, BadDivisor):
+        model.set_loss(loss)
+        errors[loss.__name__] = error_of(lambda: model.forward_backward(inputs=batch))
+    return errors, model.clip_grad_norm(0)
+
+
+def good_norm(folder: Any) -> float:
+    """Return the gradient norm of the good call alone."""
+    model = make_model(folder)
+    model.forward_backward(inputs=pairs())
+    return model.clip_grad_norm(0)
+
+
 def failing_loss(folder: Any) -> Any:
     """Return the error of a loss that fails, and whether training goes on after it."""
-    from tests.multiprocess.tasks import error_of
-
     model = make_model(folder)
     batch = pairs()
     model.set_loss(broken)

@@ -68,6 +68,29 @@ def assert_gradients(mine, expected, name):
         )
 
 
+@pytest.mark.parametrize("mesh", [None, DeviceMesh(dp=4), DeviceMesh(dp=2, cp=2)], ids=str)
+def test_data_without_labels_count_alike_however_they_are_packed(mesh, ranks, checkpoints):
+    folder = checkpoints("qwen3")
+    alone = ranks.run(loss_tasks.hard_losses, None, folder, LOSSES)[0]
+    expected = {name: values for name, *values in alone}
+    for name, loss, statistics in ranks.run(loss_tasks.hard_losses, mesh, folder, LOSSES)[0]:
+        if name != "GRPOLoss":  # twice in the list, with other options
+            assert loss == pytest.approx(expected[name][0], abs=TOLERANCE), name
+            # Sums of log-probabilities of about 100.
+            assert statistics == pytest.approx(expected[name][1], abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, DeviceMesh(pp=2), DeviceMesh(cp=2)], ids=["1", "pp2", "cp2"]
+)
+def test_a_loss_that_fails_late_fails_everywhere_and_leaves_gradients(mesh, ranks, checkpoints):
+    folder = checkpoints("qwen3")
+    expected = ranks.run(loss_tasks.good_norm, mesh, folder)[0]
+    for errors, norm in ranks.run(loss_tasks.bad_losses, mesh, folder):
+        assert all(error is not None for error in errors.values()), errors
+        assert norm == expected
+
+
 @pytest.mark.parametrize(
     "mesh",
     [DeviceMesh(tp=2), DeviceMesh(cp=2), DeviceMesh(pp=2, dp=2)],

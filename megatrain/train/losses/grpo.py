@@ -126,7 +126,7 @@ class GRPOLoss(Loss):
             delta=self.delta,
         )
         statistics = {
-            **ratio_statistics(gap_N, torch.ones_like(gap_N, dtype=torch.bool)),
+            **ratio_statistics(torch.where(advantages_N != 0, gap_N, 0.0), advantages_N != 0),
             **self._clip_statistics(log_N.detach().exp(), advantages_N),
         }
         if self.beta:
