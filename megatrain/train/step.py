@@ -9,7 +9,7 @@ comes at the step, so that neither the packing nor the number of calls changes a
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +18,15 @@ import torch
 from megatrain.errors import ConfigError, NonFiniteError, StateError
 from megatrain.model.network import Network
 from megatrain.parallel.dropout import seed_dropout
-from megatrain.train.agree import agree
-from megatrain.train.batch import BatchPlan
+from megatrain.train.call import Call, Prepare, plan_call
 from megatrain.train.collect import PackedPlan, collect
-from megatrain.train.datum import BatchRules, Datum, check_batch
 from megatrain.train.loss import Loss
-from megatrain.train.loss_inputs import check_names
 from megatrain.train.losses.likelihood import CrossEntropyLoss
 from megatrain.train.losses.reward_model import RewardModelLoss
 from megatrain.train.objective import Objective, ScoresOnly
 from megatrain.train.optimizer import GradientAccumulator, check_optimizer, make_optimizer
 from megatrain.train.schedule import make_schedule
-from megatrain.types import InputFeature, LazyRow, StepOutput
+from megatrain.types import LazyRow, StepOutput
 
 BASE = ""
 """The name that stands for the base model's own parameters where an adapter is named."""
@@ -59,21 +56,6 @@ class Trained:
     """Optimizer steps taken."""
     grad_norm: float | None = None
     """Norm of the last gradient, before clipping."""
-
-
-Prepare = Callable[[Any], Sequence[InputFeature]]
-"""From what a script passes to data; what it raises is raised on every rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of forward_backward or forward_only, beside its data."""
-
-    name: str
-    loss_inputs: Mapping[str, Any]
-    micro_batch_size: int | None
-    prepare: Prepare | None
-    train: bool
 
 
 class Trainer:
@@ -171,7 +153,7 @@ class Trainer:
                 hint="call step and zero_grad before the next forward_backward",
             )
         call = Call(name, loss_inputs or {}, micro_batch_size, prepare, True)
-        plan = self._plan(inputs, call)
+        plan = plan_call(inputs, call, self.network, self._loss)
         self.network.activate(name)
         seed_dropout(self.network.groups, self.seed, name, trained.step, trained.num_passes)
         trained.num_passes += 1
@@ -200,7 +182,7 @@ class Trainer:
         a base that is not trained.  Collective.
         """
         call = Call(name, loss_inputs or {}, micro_batch_size, prepare, False)
-        plan = self._plan(inputs, call)
+        plan = plan_call(inputs, call, self.network, self._loss)
         self.network.activate(name)
         step = self.trained[name].step if name in self.trained else 0
         return self._run(plan, train=False, step=step)
@@ -219,32 +201,6 @@ class Trainer:
         if isinstance(first, Mapping) and not isinstance(first, LazyRow):  # that would read it
             needed -= first.keys()
         return CrossEntropyLoss() if needed or not is_whole else loss
-
-    def _plan(self, inputs: Any, call: Call) -> PackedPlan:
-        """Check the batch, plan and pack it; all ranks go on with the same one, or none does.
-
-        Raises DataError, or what a row's reader raised, on every rank if any rank refuses its
-        batch or has another one; ConfigError for a divisor that is none.  Collective.
-        """
-        network, config = self.network, self.network.config
-        tokens, size = config.max_tokens_per_microbatch, config.micro_batch_size
-        try:
-            if call.micro_batch_size is not None:
-                tokens, size = None, _positive(call.micro_batch_size)
-            rows = inputs if call.prepare is None else call.prepare(inputs)
-            loss = self._loss(call, rows)
-            check_names(loss, call.loss_inputs)
-            rules = BatchRules(network.vocab_size, loss, train=call.train)
-            data = check_batch(rows, rules, call.loss_inputs)
-            plan = BatchPlan(data, network.groups, rules, max_tokens=tokens, max_data=size)
-            divisor = _divisor(loss, data, train=call.train)
-            packed = PackedPlan(plan, plan.micro_batches(), loss, divisor)
-        except Exception:  # a row's reader and a loss are anybody's code; others wait in agree
-            agree(None, network.groups)
-            raise
-        what = repr((call.name, type(loss).__qualname__, call.train, tokens, size)).encode()
-        agree([what, *(datum.digest for datum in data)], network.groups)
-        return packed
 
     def _run(self, plan: PackedPlan, *, train: bool, step: int) -> StepOutput:
         objective = Objective(plan.loss, self.network.groups)
@@ -321,16 +277,3 @@ class Trainer:
 def _check_max_norm(max_grad_norm: float) -> None:
     if not max_grad_norm >= 0:
         raise ConfigError(f"max_grad_norm must be 0 (do not clip) or more: {max_grad_norm}")
-
-
-def _positive(micro_batch_size: Any) -> int:
-    if type(micro_batch_size) is not int or micro_batch_size < 1:
-        raise ConfigError(f"micro_batch_size must be an integer >= 1: {micro_batch_size!r}")
-    return micro_batch_size
-
-
-def _divisor(loss: Loss, data: Sequence[Datum], *, train: bool) -> float:
-    divisor = float(loss.divisor([datum.num_labels for datum in data]))
-    if not math.isfinite(divisor) or divisor < 0 or (train and divisor == 0):
-        raise ConfigError(f"the divisor of {type(loss).__name__} must be above 0: {divisor}")
-    return divisor
