@@ -140,10 +140,6 @@ def build(
     check_options(target, options, what=what)
     if not inspect.isclass(target):
         return functools.partial(target, **options) if options else target
-    for name, parameter in inspect.signature(target).parameters.items():
-        needed = parameter.default is inspect.Parameter.empty and parameter.kind in _BY_NAME
-        if needed and name not in options:
-            raise ConfigError(f"{what} needs the option {name!r}")
     return target(**options)
 
 
@@ -151,21 +147,27 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 def check_options(target: Any, options: Mapping[str, Any], *, what: str) -> None:
-    """Raise ConfigError unless the class or function `target` takes each of `options` by name."""
-    if not options:
+    """Raise ConfigError unless `target` takes each of `options` by name and needs no other one.
+
+    What a function needs beside its options comes with each call, so only a class needs options.
+    """
+    if not inspect.isclass(target) and not options:
         return
     if not inspect.isclass(target) and not inspect.isfunction(target):
         raise ConfigError(f"{what} is built already, and takes no options {sorted(options)}")
     parameters = inspect.signature(target).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    names = [parameter.name for parameter in parameters if parameter.kind in _BY_NAME]
-    for option in options:
+    by_name = [parameter for parameter in parameters if parameter.kind in _BY_NAME]
+    names = [parameter.name for parameter in by_name]
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    for option in () if takes_any else options:
         if option not in names:
             raise ConfigError(
                 f"{what} has no option {option!r}; it has {', '.join(names) or 'none'}",
                 hint=nearest(option, names),
             )
+    for parameter in by_name if inspect.isclass(target) else ():
+        if parameter.default is inspect.Parameter.empty and parameter.name not in options:
+            raise ConfigError(f"{what} needs the option {parameter.name!r}")
 
 
 def _check_kind(kind: str) -> None:

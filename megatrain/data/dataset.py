@@ -1,6 +1,5 @@
 """A dataset: rows that are read, mapped, filtered, mixed and encoded, each step cached."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +14,7 @@ from megatrain.data.encoded import (
     Encode,
     EncodedRows,
     EncodeStep,
+    EncodeStored,
     LazyRows,
     as_row,
     read_encoded,
@@ -31,15 +31,14 @@ from megatrain.data.statistics import DatasetStatistics
 from megatrain.data.steps import (
     ON_ERROR,
     FilterStep,
+    LeftOut,
     MapStep,
     Preprocess,
     PreprocessBatch,
     RowFunction,
 )
-from megatrain.data.table import Table, run_filter, run_map
+from megatrain.data.table import Table, log_left_out, run_filter, run_map
 from megatrain.errors import ConfigError, DataError, MegatrainError, StateError
-
-logger = logging.getLogger(__name__)
 
 WINDOW = 1000
 """Rows of a stream that are held to shuffle them."""
@@ -66,8 +65,11 @@ class Dataset:
         self.template: Any = None
         self._on_error = on_error
         self._origins = Origins()
-        self._source = Source(self._origins, streaming=streaming, on_error=on_error)
+        self._left_out: list[LeftOut] = []
+        self._source = Source(self._origins, self._left_out, streaming=streaming, on_error=on_error)
         self._members: list[tuple[DatasetMeta, Table]] = []
+        self._chained: Table | None = None
+        self._is_merged = False
         self._encoded: EncodedRows | LazyRows | None = None
         self._is_encoded = False
         if dataset_meta is not None:
@@ -82,6 +84,7 @@ class Dataset:
         if not isinstance(dataset_meta, DatasetMeta):
             dataset_meta = DatasetMeta(dataset_meta)
         self._members.append((dataset_meta, self._source.read(dataset_meta)))
+        self._chained = None
         return self
 
     def set_template(
@@ -121,9 +124,11 @@ class Dataset:
         self._before_encode("map")
         function = build("preprocessor", preprocessor, options, trust_remote_code=trust_remote_code)
         what = fingerprint("map", function, batched, self._on_error, self._origins.describe())
-        step: Any = MapStep(RowFunction(Preprocess(function), self._origins, self._on_error))
+        left_out = self._recorder("map()")
+        of_rows = self._origins, self._on_error, left_out
+        step: Any = MapStep(RowFunction(Preprocess(function), *of_rows))
         if batched:
-            step = PreprocessBatch(function, self._origins, self._on_error)
+            step = PreprocessBatch(function, *of_rows)
         for index in self._indices(dataset_meta):
             meta, table = self._members[index]
             mapped = run_map(
@@ -135,8 +140,9 @@ class Dataset:
                 load_from_cache_file=load_from_cache_file,
                 num_proc=num_proc,
             )
+            log_left_out(left_out, table, mapped)
             self._members[index] = meta, mapped
-            _log_dropped("map", table, mapped)
+            self._chained = None
         return self
 
     def filter(
@@ -156,7 +162,8 @@ class Dataset:
             raise StateError("filter() comes before encode(lazy=True): nothing is encoded yet")
         function = build("filter", filter, options, trust_remote_code=trust_remote_code)
         read = read_encoded if self._is_encoded else read_batch
-        step = FilterStep(RowFunction(function, self._origins, self._on_error), read)
+        left_out = self._recorder("filter()")
+        step = FilterStep(RowFunction(function, self._origins, self._on_error, left_out), read)
         what = fingerprint("filter", function, self._on_error, self._origins.describe())
         for index in self._indices(dataset_meta):
             meta, table = self._members[index]
@@ -167,8 +174,9 @@ class Dataset:
                 load_from_cache_file=load_from_cache_file,
                 num_proc=num_proc,
             )
+            log_left_out(left_out, table, kept)
             self._members[index] = meta, kept
-            _log_dropped("filter", table, kept)
+            self._chained = None
         if self._is_encoded and not self.streaming:
             self._encoded = EncodedRows(self._table())
         return self
@@ -186,8 +194,8 @@ class Dataset:
         weights they follow each other whole, as they do where this is not called.
         """
         self._before_encode("mix_dataset")
-        table = mix([table for _, table in self._members], weights, seed, stopping)
-        self._members = [(self._members[0][0], table)]
+        tables = [table for _, table in self._members]
+        self._merge(mix(tables, self._names(), weights, seed, stopping))
         return self
 
     def encode(
@@ -208,11 +216,13 @@ class Dataset:
         if self.template is None:
             raise StateError("encode() needs a template", hint="call set_template() first")
         encode = Encode(self.template, add_generation_prompt=add_generation_prompt)
-        function = RowFunction(encode, self._origins, self._on_error)
-        table = self._table()
-        if lazy and not self.streaming:
+        if lazy:
             self._check_lazy(batched, num_proc)
-            self._encoded = LazyRows(table, _EncodeStored(function, self._origins))
+        left_out = self._recorder("encode()")
+        function = RowFunction(encode, self._origins, self._on_error, left_out)
+        table = self._table()
+        if lazy:
+            self._encoded = LazyRows(table, EncodeStored(function, self._origins))
         else:
             mapped = run_map(
                 table,
@@ -223,8 +233,8 @@ class Dataset:
                 load_from_cache_file=load_from_cache_file,
                 num_proc=num_proc,
             )
-            _log_dropped("encode", table, mapped)
-            self._members = [(self._members[0][0], mapped)]
+            log_left_out(left_out, table, mapped)
+            self._merge(mapped)
             self._encoded = None if self.streaming else EncodedRows(mapped)
         self._is_encoded = True
         return self
@@ -233,6 +243,11 @@ class Dataset:
     def is_encoded(self) -> bool:
         """Whether encode() was called."""
         return self._is_encoded
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether encoded rows are pairs of answers.  Raises StateError as lengths do."""
+        return self._sizes().has_pairs
 
     @property
     def is_read_at_once(self) -> bool:
@@ -251,7 +266,9 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Digits that are the same wherever the same rows were made by the same steps."""
+        """Digits that are the same for the same encoded rows, or for the same data and steps."""
+        if isinstance(self._encoded, EncodedRows):
+            return self._encoded.fingerprint
         return fingerprint(*(getattr(table, "_fingerprint", "") for _, table in self._members))
 
     def statistics(self) -> DatasetStatistics:
@@ -279,6 +296,8 @@ class Dataset:
             table.set_epoch(epoch)
         for stored in self._named_errors(table):
             yield as_row(stored) if self._is_encoded else read_row(stored)[1]
+        for left_out in self._left_out:
+            left_out.log()
 
     def __len__(self) -> int:
         if self.streaming:
@@ -308,9 +327,20 @@ class Dataset:
     def _table(self) -> Table:
         if not self._members:
             raise StateError("the dataset has no data yet", hint="call add_dataset() first")
-        if len(self._members) > 1:
-            self._members = [(self._members[0][0], chain(table for _, table in self._members))]
-        return self._members[0][1]
+        if self._chained is None:
+            self._chained = chain((table for _, table in self._members), self._names())
+        return self._chained
+
+    def _names(self) -> list[str]:
+        return [meta.describe() for meta, _ in self._members]
+
+    def _merge(self, table: Table) -> None:
+        self._members = [(self._members[0][0], table)]
+        self._chained, self._is_merged = None, True
+
+    def _recorder(self, call: str) -> LeftOut:
+        self._left_out.append(LeftOut(call))
+        return self._left_out[-1]
 
     def _sizes(self) -> EncodedRows:
         if not isinstance(self._encoded, EncodedRows):
@@ -324,6 +354,11 @@ class Dataset:
         """Return which members a step is for."""
         if not self._members:
             raise StateError("the dataset has no data yet", hint="call add_dataset() first")
+        if meta is not None and self._is_merged:
+            raise StateError(
+                "the data sets are one by now, and dataset_meta names one of several",
+                hint="map() and filter() it before mix_dataset() and encode()",
+            )
         found = [index for index, (known, _) in enumerate(self._members) if meta in (None, known)]
         if not found:
             raise ConfigError(
@@ -337,6 +372,11 @@ class Dataset:
             raise StateError(f"{call}() comes before encode()", hint="make a new Dataset")
 
     def _check_lazy(self, batched: bool, num_proc: int | None) -> None:
+        if self.streaming:
+            raise ConfigError(
+                "encode(lazy=True) has no effect on a stream, which is encoded as it is read",
+                hint="leave lazy out",
+            )
         if batched or num_proc or self._on_error == "skip":
             raise ConfigError(
                 f"encode(lazy=True) encodes one row at a time and can leave none out: got "
@@ -355,30 +395,3 @@ class Dataset:
                 f"cannot read {self._origins.names()}: {type(error).__name__}: {error}",
                 hint="read it without streaming=True to see which file it is",
             ) from error
-
-
-class _EncodeStored:
-    """Encodes one stored row when it is asked for."""
-
-    def __init__(self, function: RowFunction, origins: Origins) -> None:
-        self._function, self._origins = function, origins
-
-    def __call__(self, stored: dict[str, Any]) -> dict[str, Any]:
-        number, row = read_row(stored)
-        encoded: dict[str, Any] | None = self._function(number, row)
-        if encoded is None:
-            raise DataError(
-                f"{self._origins.where(number)}: the template leaves this row out, which is not "
-                "possible once rows are numbered",
-                hint="call encode() without lazy=True",
-            )
-        return encoded
-
-
-def _log_dropped(call: str, before: Table, after: Table) -> None:
-    if isinstance(before, datasets.IterableDataset):
-        return
-    if len(after) < len(before):
-        logger.info("%s() left out %d of %d rows", call, len(before) - len(after), len(before))
-    if not len(after):
-        raise DataError(f"{call}() left out all of {len(before)} rows", hint="check its options")

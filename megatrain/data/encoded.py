@@ -11,9 +11,9 @@ import numpy.typing as npt
 from datasets import Features, List, Value
 
 from megatrain.data.lazy_row import Row, Stopwatch
-from megatrain.data.origin import ROW
+from megatrain.data.origin import ROW, Origins
 from megatrain.data.pair_row import PairRow
-from megatrain.data.rows import is_empty, read_batch, to_json
+from megatrain.data.rows import is_empty, read_batch, read_row, to_json
 from megatrain.data.steps import ROW_ERRORS, RowFunction
 from megatrain.errors import DataError, MegatrainError
 from megatrain.types import IGNORED_LABEL
@@ -34,6 +34,9 @@ CHOSEN = ("chosen_length", "chosen_num_labels")
 """Columns with the sizes of a pair's first side; null for a row that is no pair."""
 EXTRA, KEY = "__extra__", "__key__"
 """Columns with everything else a row has, as JSON, and with a digest of the content."""
+NUMBERS = "__numbers__"
+"""The column with the names of what is made of numbers in EXTRA, which a loss may take, one a
+line."""
 
 ENCODED_FEATURES = Features(
     {
@@ -42,6 +45,7 @@ ENCODED_FEATURES = Features(
         "num_labels": Value("int64"),
         **{name: Value("int64") for name in CHOSEN},
         EXTRA: Value("large_string"),
+        NUMBERS: Value("string"),
         KEY: Value("int64"),
         ROW: Value("int64"),
     }
@@ -85,7 +89,9 @@ class Encode:
         }
         text = to_json(extra) if extra else None
         sizes = _sizes(tokens)
-        return {**dict.fromkeys(TOKENS), **tokens, **sizes, EXTRA: text, KEY: _key(tokens, text)}
+        numbers = "\n".join(sorted(name for name in extra if _is_numbers(extra[name])))
+        own = {EXTRA: text, NUMBERS: numbers, KEY: _key(tokens, text)}
+        return {**dict.fromkeys(TOKENS), **tokens, **sizes, **own}
 
     def _check(self, tokens: Mapping[str, npt.NDArray[np.int32]]) -> None:
         ids = {name: len(values) for name, values in tokens.items() if name.endswith("input_ids")}
@@ -134,16 +140,24 @@ class EncodedRows:
 
     def __init__(self, table: datasets.Dataset) -> None:
         self._table = table
-        columns = ["length", "num_labels", *CHOSEN, KEY]
+        columns = ["length", "num_labels", *CHOSEN, KEY, NUMBERS]
         sizes = table.select_columns(columns).with_format("arrow")[:]
         self.lengths: npt.NDArray[np.int64] = sizes["length"].to_numpy()
         self.num_labels: npt.NDArray[np.int64] = sizes["num_labels"].to_numpy()
         self.keys: npt.NDArray[np.int64] = sizes[KEY].to_numpy()
         self._chosen = [sizes[name].fill_null(-1).to_numpy() for name in CHOSEN]
-        self.has_pairs = table.data.column("chosen_input_ids").null_count < table.data.num_rows
+        self.has_pairs = bool((self._chosen[0] >= 0).any())
+        names = sizes[NUMBERS].unique().to_pylist()
+        self.numbers = sorted({name for text in names for name in text.split("\n") if name})
+        """Columns made of numbers, beside the tokens, in any of the rows."""
 
     def __len__(self) -> int:
         return len(self._table)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digits of the rows' content, in their order."""
+        return key_text(digest([self.keys.tobytes()]))
 
     def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
         """Return row `index`, not yet read."""
@@ -155,6 +169,25 @@ class EncodedRows:
             chosen if chosen[0] >= 0 else None,
             stopwatch,
         )
+
+
+class EncodeStored:
+    """Encodes one stored row when it is asked for."""
+
+    def __init__(self, function: RowFunction, origins: Origins) -> None:
+        self._function, self._origins = function, origins
+
+    def __call__(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """Return the row's columns.  Raises DataError for a row that the template leaves out."""
+        number, row = read_row(stored)
+        encoded: dict[str, Any] | None = self._function(number, row)
+        if encoded is None:
+            raise DataError(
+                f"{self._origins.where(number)}: the template leaves this row out, which is not "
+                "possible once rows are numbered",
+                hint="call encode() without lazy=True",
+            )
+        return encoded
 
 
 class LazyRows:
@@ -227,6 +260,13 @@ def digest(parts: Iterable[bytes]) -> int:
         total.update(len(part).to_bytes(8, "big"))
         total.update(part)
     return int.from_bytes(total.digest(), "big", signed=True)
+
+
+def _is_numbers(value: Any) -> bool:
+    """Return whether a value is a number or lists of numbers."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return len(value) > 0 and all(_is_numbers(item) for item in value)
+    return isinstance(value, int | float | np.number | np.bool)
 
 
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,11 @@ def find_files(path: Path, meta: DatasetMeta) -> list[Path]:
                 f"{path.parent} has no folder for the subset {meta.subset!r}",
                 hint=f"its folders: {_folders(path.parent)}",
             )
-    files = sorted(file for file in path.rglob("*") if file.suffix in KINDS and _is_data(file))
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in KINDS and _is_data(file.relative_to(path))
+    )
     if not files:
         raise DataError(f"no data files in {path}", hint=f"known are: {', '.join(KINDS)}")
     chosen = _of_split(files, path, meta)
@@ -94,8 +98,15 @@ def _split_of(file: Path) -> str:
 
 
 def _is_data(file: Path) -> bool:
-    """Leave out hidden files and descriptions of data sets."""
-    return not file.name.startswith((".", "_")) and file.name not in (
+    """Leave out what is hidden, descriptions of data sets, and what `datasets` caches with them.
+
+    `file` is relative to the data set's folder.
+    """
+    if any(part.startswith((".", "__")) for part in file.parts):
+        return False
+    if file.suffix == ".arrow" and file.name.startswith(("cache-", "tmp")):
+        return False
+    return not file.name.startswith("_") and file.name not in (
         "dataset_info.json",
         "dataset_infos.json",
         "dataset_dict.json",

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatrain.data.template.messages import BESIDE_CONTENT
 from megatrain.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
@@ -23,8 +24,9 @@ class Filter(ABC):
 class EmptyFilter(Filter):
     """Keeps standard rows that have words: text that is not blank, and an answer to learn from.
 
-    A conversation needs a message of the assistant with content or tool calls; a prompt, for
-    `prompts=True`, needs a last message with content.
+    A conversation needs a message of the assistant, and each must have content, tool calls or
+    thinking unless it has "loss": false; a prompt, for `prompts=True`, needs a last message with
+    content.
     """
 
     def __init__(self, prompts: bool = False) -> None:
@@ -40,7 +42,9 @@ class EmptyFilter(Filter):
     def _has_words(self, messages: Sequence[Row]) -> bool:
         if self.prompts:
             return bool(messages) and _says(messages[-1])
-        return any(_says(message) for message in messages if message.get("role") == "assistant")
+        answers = [message for message in messages if message.get("role") == "assistant"]
+        asked = [message for message in answers if message.get("loss") is not False]
+        return bool(answers) and all(map(_says, asked))
 
 
 class LengthFilter(Filter):
@@ -73,7 +77,7 @@ def _content_columns(row: Row) -> list[str]:
 
 
 def _says(message: Row) -> bool:
-    return bool("".join(_texts(message)).strip()) or bool(message.get("tool_calls"))
+    return bool("".join(_texts(message)).strip()) or any(map(message.get, BESIDE_CONTENT))
 
 
 def _characters(row: Row) -> int:

@@ -1,16 +1,14 @@
 """JSON and JSON-lines files, read so that an error names the line."""
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatrain.data.origin import ROW
 from megatrain.data.rows import JSON, to_json
+from megatrain.data.steps import LeftOut
 from megatrain.errors import DataError, MegatrainError
-
-logger = logging.getLogger(__name__)
 
 _SKIP = "correct or remove the line, or leave such rows out with Dataset(..., on_error='skip')"
 
@@ -18,8 +16,9 @@ _SKIP = "correct or remove the line, or leave such rows out with Dataset(..., on
 class ParseLines:
     """Checks lines of text and numbers them: a step for `datasets`' map, batched with indices."""
 
-    def __init__(self, path: Path, start: int, on_error: str) -> None:
+    def __init__(self, path: Path, start: int, on_error: str, left_out: LeftOut) -> None:
         self._path, self._start, self._on_error = path, start, on_error
+        self._left_out = left_out
 
     def __call__(self, batch: dict[str, Sequence[str]], indices: Sequence[int]) -> dict[str, Any]:
         """Return the rows on these lines; blank lines are left out."""
@@ -32,7 +31,7 @@ class ParseLines:
             except DataError as error:
                 if self._on_error == "raise":
                     raise
-                logger.warning("left out: %s", error.message)
+                self._left_out.add(error.message)
                 continue
             texts.append(line.removeprefix("\ufeff"))
             numbers.append(self._start + index + 1)
@@ -51,6 +50,8 @@ class ParseLines:
                 f"{self._path}, line {number} must be one JSON object: got {type(row).__name__}",
                 hint=_SKIP,
             )
+        if "\\ud" in line.lower():
+            _check_text(row, f"{self._path}, line {number}")
 
 
 def read_array(path: Path, start: int) -> Iterator[dict[str, Any]]:
@@ -61,7 +62,7 @@ def read_array(path: Path, start: int) -> Iterator[dict[str, Any]]:
                 f"{path}, row {index + 1} must be a JSON object: got {type(row).__name__}",
                 hint="correct or remove the row",
             )
-        yield {JSON: to_json(row), ROW: start + index + 1}
+        yield {JSON: _check_text(row, f"{path}, row {index + 1}"), ROW: start + index + 1}
 
 
 def is_array(path: Path) -> bool:
@@ -72,6 +73,24 @@ def is_array(path: Path) -> bool:
             if text:
                 return text.startswith(b"[")
     raise DataError(f"{path} is empty", hint="give a file with rows")
+
+
+def check_lines(path: Path) -> None:
+    """Raise DataError for a .json file that is one object over several lines."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        json.loads(first)
+    except ValueError:  # it may be one line that is wrong, which is named when it is read
+        try:
+            whole = json.loads(path.read_text("utf-8-sig"))
+        except ValueError:
+            return
+        lists = [name for name, value in whole.items() if isinstance(value, list)]
+        raise DataError(
+            f"{path} is one JSON object over several lines, with {sorted(whole)}: not rows",
+            hint="write an array of rows" + (f": the value of {lists[0]!r}" if lists else ""),
+        ) from None
 
 
 def find_bad_bytes(path: Path) -> DataError | None:
@@ -95,6 +114,14 @@ def find_own(error: BaseException | None) -> MegatrainError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _check_text(row: dict[str, Any], where: str) -> str:
+    """Return the row as JSON; an error names it."""
+    try:
+        return to_json(row)
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", hint=error.hint or _SKIP) from error
 
 
 def _load_array(path: Path) -> list[Any]:

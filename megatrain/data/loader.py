@@ -30,6 +30,10 @@ class LoaderState(TypedDict):
     """Samples of this epoch that have been handed out."""
     seed: int
     shuffle: bool
+    num_samples: int | None
+    """Samples of an epoch, before a tail is left out; None for a stream."""
+    fingerprint: str | None
+    """Digits of the encoded rows' content; None where rows are not stored."""
 
 
 class DataLoader:
@@ -64,13 +68,17 @@ class DataLoader:
         its data-parallel ranks, some of which would idle at every step, are refused.  Raises
         ConfigError.
         """
+        _check_numbers(batch_size=batch_size, prefetch=prefetch, seed=seed)
+        _check_bools(shuffle=shuffle, drop_last=drop_last)
+        if min_batch_size is not None:
+            _check_numbers(min_batch_size=min_batch_size)
         if drop_last and min_batch_size not in (None, batch_size):
             raise ConfigError(
                 f"drop_last=True means min_batch_size={batch_size}: got {min_batch_size}",
                 hint="give one of the two",
             )
         least = batch_size if drop_last else 1 if min_batch_size is None else min_batch_size
-        _check_sizes(batch_size, least, prefetch, device_mesh)
+        _check_sizes(batch_size, least, device_mesh)
         is_factory = callable(dataset) and not hasattr(dataset, "__getitem__")
         self.dataset: Rows = dataset() if is_factory else dataset  # type: ignore[assignment, operator]
         self.batch_size, self.min_batch_size = batch_size, least
@@ -98,8 +106,7 @@ class DataLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next loop be this epoch; the place in it is kept if it is the current one."""
-        if epoch < 0:
-            raise ConfigError(f"an epoch's number must be 0 or more: got {epoch}")
+        _check_numbers(epoch=epoch)
         if self._next is None or self._next[0] != epoch:
             self._next = (epoch, 0)
 
@@ -112,6 +119,8 @@ class DataLoader:
             "position": position,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "num_samples": None if self._is_stream else self._num_samples(),
+            "fingerprint": self._fingerprint(),
         }
 
     def resume_from_checkpoint(self, consumed_train_samples: int | Mapping[str, Any]) -> None:
@@ -120,14 +129,13 @@ class DataLoader:
         Takes get_state()'s value, or its number alone: then epochs are taken to have been whole,
         with as many samples as an epoch of this loader hands out.  batch_size may be another than
         before; it then must not leave samples out at the end of an epoch, if only the number is
-        known.  Raises ConfigError, for another seed or shuffling too.
+        known.  Raises ConfigError, for another seed, shuffling or other data too.
         """
         if isinstance(consumed_train_samples, Mapping):
             self._resume_state(consumed_train_samples)
             return
+        _check_numbers(consumed_train_samples=consumed_train_samples)
         consumed = int(consumed_train_samples)
-        if consumed < 0:
-            raise ConfigError(f"consumed_train_samples must be 0 or more: got {consumed}")
         self._consumed = consumed
         self._next = (0, consumed)
         if not self._is_stream:
@@ -226,17 +234,41 @@ class DataLoader:
                 f"not a state of a DataLoader: it has {sorted(state)}",
                 hint=f"give get_state()'s value, with {sorted(LoaderState.__annotations__)}",
             )
-        for name, now in (("seed", self.seed), ("shuffle", self.shuffle)):
-            if state[name] != now:
+        now: Mapping[str, Any] = self.get_state()
+        for name in ("seed", "shuffle"):
+            if state[name] != now[name]:
                 raise ConfigError(
-                    f"the order was made with {name}={state[name]}, and this loader has {now}",
+                    f"the order was made with {name}={state[name]}, and this loader has "
+                    f"{now[name]}",
                     hint=f"make the loader with {name}={state[name]}",
                 )
-        epoch, position = int(state["epoch"]), int(state["position"])
+        for name in ("num_samples", "fingerprint"):
+            if state[name] != now[name]:
+                raise ConfigError(
+                    f"the state is of other data: {name}={state[name]}, and this loader has "
+                    f"{now[name]}",
+                    hint="make the dataset as it was, with the same files, steps and template; or "
+                    "give consumed_train_samples alone to go on with other data",
+                )
+        epoch, position = state["epoch"], state["position"]
+        consumed = state["consumed_train_samples"]
+        _check_numbers(epoch=epoch, position=position, consumed_train_samples=consumed)
+        if not self._is_stream and position > self._num_samples():
+            raise ConfigError(
+                f"position={position} is behind the end of an epoch of {self._num_samples()}",
+                hint="give get_state()'s value as it was",
+            )
         if not self._is_stream and not self._without_tail(self._num_samples() - position):
             epoch, position = epoch + 1, 0
-        self._consumed = int(state["consumed_train_samples"])
+        self._consumed = consumed
         self._next = self._epoch, self._position = epoch, position
+
+    def _fingerprint(self) -> str | None:
+        """Return what the stored rows are; code that encodes rows later may change and be right."""
+        dataset = self.dataset
+        if isinstance(dataset, Dataset) and dataset.is_encoded and not dataset.is_read_at_once:
+            return dataset.fingerprint
+        return None
 
     def _check_dataset(self) -> None:
         dataset = self.dataset
@@ -257,14 +289,25 @@ class DataLoader:
             dataset.row(0)  # a PackingDataset that is not packed says so now
 
 
-def _check_sizes(batch_size: int, least: int, prefetch: int, mesh: DeviceMesh | None) -> None:
+def _check_numbers(**options: Any) -> None:
+    for name, value in options.items():
+        is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not is_number or value < 0:
+            raise ConfigError(f"{name} must be a whole number, 0 or more: got {value!r}")
+
+
+def _check_bools(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False: got {value!r}")
+
+
+def _check_sizes(batch_size: int, least: int, mesh: DeviceMesh | None) -> None:
     if not 1 <= least <= batch_size:
         raise ConfigError(
             f"1 <= min_batch_size <= batch_size is needed: got {least} and {batch_size}",
             hint="batch_size counts the rows of the global batch",
         )
-    if prefetch < 0:
-        raise ConfigError(f"prefetch must be 0 or more batches: got {prefetch}")
     if mesh is not None and batch_size < mesh.dp:
         raise ConfigError(
             f"a global batch of {batch_size} leaves some of {mesh.dp} data-parallel ranks idle",

@@ -1,8 +1,10 @@
 """Which data are meant: an id or a path, a subset, a split, and a slice of the rows."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatrain.errors import ConfigError, DataError
 
@@ -32,14 +34,19 @@ class DatasetMeta:
         if not str(self.dataset_id).strip():
             raise ConfigError("dataset_id is empty", hint="give a file, a folder or a hub's id")
         numbers = self.data_slice
-        if numbers is None or isinstance(numbers, range | slice):
+        if numbers is None or isinstance(numbers, range):
+            return
+        if isinstance(numbers, slice):
+            _check_numbers(
+                value for value in (numbers.start, numbers.stop, numbers.step) if value is not None
+            )
             return
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
             raise ConfigError(
                 f"data_slice must be a range, a slice or row numbers: got {numbers!r}",
                 hint="range(1000) keeps the first thousand rows",
             )
-        object.__setattr__(self, "data_slice", tuple(int(number) for number in numbers))
+        object.__setattr__(self, "data_slice", _check_numbers(numbers))
 
     @property
     def subset(self) -> str | None:
@@ -73,3 +80,16 @@ class DatasetMeta:
                 hint="rows are counted from 0; a range is cut at the end of the data",
             )
         return [number % num_rows for number in numbers]
+
+
+def _check_numbers(numbers: Iterable[Any]) -> tuple[int, ...]:
+    """Return whole numbers.  Raises ConfigError for others."""
+    checked = []
+    for number in numbers:
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise ConfigError(
+                f"data_slice must be made of whole numbers: got {number!r}",
+                hint="rows are counted from 0",
+            )
+        checked.append(operator.index(number))
+    return tuple(checked)

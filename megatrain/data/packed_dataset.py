@@ -13,13 +13,17 @@ from megatrain.data.statistics import DatasetStatistics
 from megatrain.errors import ConfigError, DataError, StateError
 from megatrain.types import IGNORED_LABEL
 
+HARMLESS = ("label", "user_data", "messages", "tools", "text")
+"""Columns that no loss takes for a token of a packed row.  A KTO loss asks for the label itself."""
+
 
 class PackingDataset(Dataset):
     """A Dataset that packs its encoded rows: call pack_dataset() after encode().
 
     A packed row is {"input_ids", "labels", "position_ids", "lengths", "length", "num_labels"}:
     positions start again at 0 with each sample, `lengths` are the samples' tokens, and a sample's
-    first token is never predicted.  Other columns (messages, user_data) are left out.  It is put
+    first token is never predicted.  Text and user_data are left out; a column
+    of numbers, which a loss may take, is refused.  It is put
     together when it is read; until then it is a list of row numbers.
     """
 
@@ -29,7 +33,7 @@ class PackingDataset(Dataset):
         """Pack the rows to the template's max_length, best fit, longest first.
 
         Raises StateError before encode(), ConfigError for a stream, for lazy encoding and without
-        max_length, DataError for pairs of answers.
+        max_length, DataError for pairs of answers and columns that a loss may take.
         """
         if not self.is_encoded:
             raise StateError("pack_dataset() comes after encode()", hint="call encode() first")
@@ -55,6 +59,11 @@ class PackingDataset(Dataset):
             max_length=rows.max_length,
             num_samples=rows.num_samples,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Digits that are the same for the same packed rows."""
+        return super().fingerprint if self._packed is None else self._packed.fingerprint
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -100,6 +109,12 @@ class PackedRows:
                 "rows with a chosen and a rejected answer cannot be packed",
                 hint="use Dataset: the trainer packs pairs by itself",
             )
+        lost = [name for name in rows.numbers if name not in HARMLESS]
+        if lost:
+            raise DataError(
+                f"packing leaves out {', '.join(lost)}, which a loss may take",
+                hint="use Dataset: the trainer packs by itself; or leave them out with map()",
+            )
         groups = best_fit_decreasing(rows.lengths, max_length)
         self.max_length = max_length
         self._samples = rows
@@ -112,6 +127,12 @@ class PackedRows:
     def num_samples(self) -> int:
         """Encoded rows in all packed rows."""
         return len(self._order)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digits of the samples' content, and of which share a row."""
+        parts = (self._samples.keys, self._order, self._starts)
+        return key_text(digest(part.tobytes() for part in parts))
 
     def __len__(self) -> int:
         return len(self._starts) - 1

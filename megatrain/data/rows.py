@@ -41,12 +41,19 @@ def read_row(columns: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 def to_json(row: Mapping[str, Any]) -> str:
     """Return a row as JSON.  Raises DataError for values that JSON has no form for."""
     try:
-        return json.dumps(row, ensure_ascii=False, default=_plain)
+        text = json.dumps(row, ensure_ascii=False, default=_plain)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the row has half of a character, {error.object[error.start]!a}, which is no text",
+            hint="remove the character",
+        ) from error
     except (TypeError, ValueError) as error:
         raise DataError(
             f"a row must be text, numbers, lists and mappings: {error}",
             hint="let the preprocessor return such values only",
         ) from error
+    return text
 
 
 def is_empty(row: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from megatrain.data.files import KINDS, find_files
 from megatrain.data.fingerprint import fingerprint
 from megatrain.data.json_files import (
     ParseLines,
+    check_lines,
     find_bad_bytes,
     find_own,
     is_array,
@@ -20,6 +21,7 @@ from megatrain.data.meta import DatasetMeta
 from megatrain.data.mixing import chain
 from megatrain.data.origin import Origins
 from megatrain.data.rows import ROW_FEATURES
+from megatrain.data.steps import LeftOut
 from megatrain.data.table import Table, add_row_numbers, run_map, with_columns
 from megatrain.errors import ConfigError, DataError
 
@@ -36,7 +38,10 @@ READ_ERRORS = (
 class Source:
     """Reads data sets into tables with a column of row numbers."""
 
-    def __init__(self, origins: Origins, *, streaming: bool, on_error: str) -> None:
+    def __init__(
+        self, origins: Origins, left_out: list[LeftOut], *, streaming: bool, on_error: str
+    ) -> None:
+        self._left_out = left_out
         self._origins, self._streaming, self._on_error = origins, streaming, on_error
 
     def read(self, meta: DatasetMeta) -> Table:
@@ -61,7 +66,7 @@ class Source:
     def _files(self, path: Path, meta: DatasetMeta) -> Table:
         files = find_files(path, meta)
         tables = [self._file(file) for file in files]
-        rows = chain(tables)
+        rows = chain(tables, [str(file) for file in files])
         if not self._streaming and not len(rows):
             raise DataError(f"{meta.describe()} has no rows", hint="give a file with rows")
         return rows
@@ -74,6 +79,8 @@ class Source:
         try:
             if kind == "json" and is_array(path):
                 return self._array(path)
+            if kind == "json":
+                check_lines(path)
             if is_json:
                 return self._lines(path)
             rows = self._load(kind, path)
@@ -103,14 +110,19 @@ class Source:
         start = self._origins.add(str(path), "line")
         text = datasets.Features({"text": datasets.Value("string")})
         rows = self._load("text", path, features=text)
-        return run_map(
+        left_out = LeftOut(f"reading {path}")
+        self._left_out.append(left_out)
+        table = run_map(
             rows,
-            ParseLines(path, start, self._on_error),
+            ParseLines(path, start, self._on_error, left_out),
             ROW_FEATURES,
             what=fingerprint("lines", str(path), start, self._on_error),
             with_indices=True,
             description=f"reading {path.name}",
         )
+        if not self._streaming:
+            left_out.log()
+        return table
 
     def _array(self, path: Path) -> Table:
         start = self._origins.add(str(path), "row")
@@ -139,10 +151,22 @@ class Source:
         if meta.data_slice is None:
             return table
         if isinstance(table, datasets.Dataset):
-            return table.select(meta.chosen_rows(len(table)))
+            chosen = meta.chosen_rows(len(table))
+            if not chosen:
+                raise _nothing_chosen(meta, f" of {len(table)} rows")
+            return table.select(chosen)
         start, stop = _from_the_start(meta)
+        if stop is not None and stop <= start:
+            raise _nothing_chosen(meta, "")
         rows = table.skip(start)
         return rows if stop is None else rows.take(max(0, stop - start))
+
+
+def _nothing_chosen(meta: DatasetMeta, of: str) -> DataError:
+    return DataError(
+        f"{meta.describe()}: data_slice={meta.data_slice!r} chooses none{of}",
+        hint="rows are counted from 0",
+    )
 
 
 def _from_the_start(meta: DatasetMeta) -> tuple[int, int | None]:

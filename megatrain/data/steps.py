@@ -15,14 +15,51 @@ ON_ERROR = ("raise", "skip")
 ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
 """What a function raises for a row that is not what it expects."""
 
+NUM_REASONS = 3
+"""Rows left out that are named in the log."""
+
 _SKIP = "or leave such rows out with Dataset(..., on_error='skip')"
+
+
+class LeftOut:
+    """Counts the rows that a step leaves out, and keeps the first reasons.
+
+    A step that runs in other processes counts there; then the number alone is known.
+    """
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        self._count = 0
+        self._reasons: list[str] = []
+
+    def add(self, reason: str) -> None:
+        """Count a row."""
+        self._count += 1
+        if len(self._reasons) < NUM_REASONS:
+            self._reasons.append(reason)
+
+    def log(self, count: int | None = None, num_rows: int | None = None) -> None:
+        """Warn of the rows since the last call: `count` out of `num_rows`, if these are known."""
+        count = self._count if count is None else count
+        if count:
+            of = "rows" if num_rows is None else f"of {num_rows} rows"
+            reasons = "".join(f"\n  {reason}" for reason in self._reasons)
+            logger.warning("%s left out %d %s%s", self.call, count, of, reasons and f":{reasons}")
+        self._count, self._reasons = 0, []
 
 
 class RowFunction:
     """Calls a function with one row at a time; an error names the file and the row."""
 
-    def __init__(self, function: Callable[..., Any], origins: Origins, on_error: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        origins: Origins,
+        on_error: str,
+        left_out: LeftOut | None = None,
+    ) -> None:
         self._function, self._origins, self._on_error = function, origins, on_error
+        self._left_out = left_out
 
     def __call__(self, number: int, row: Any) -> Any:
         """Return the function's value for a row; None where a bad row is to be skipped.
@@ -30,12 +67,16 @@ class RowFunction:
         Raises DataError.
         """
         try:
-            return self._call(number, row)
+            result = self._call(number, row)
         except DataError as error:
             if self._on_error == "raise":
                 raise
-            logger.debug("%s", error)
+            if self._left_out is not None:
+                self._left_out.add(error.message)
             return None
+        if result is None and self._left_out is not None:
+            self._left_out.add(f"{self._origins.where(number)}: the step returned None")
+        return result
 
     def _call(self, number: int, row: Any) -> Any:
         where = self._origins.where(number)
@@ -89,25 +130,43 @@ class Preprocess:
 
 
 class PreprocessBatch:
-    """A preprocessor that is called with a list of rows, and returns a row or None for each."""
+    """A preprocessor that is called with a list of rows, and returns a row or None for each.
+
+    Where it fails for a list, it is called with each row alone, so that the bad one is named, or
+    left out.
+    """
 
     def __init__(
-        self, preprocessor: Callable[[list[dict[str, Any]]], Any], origins: Origins, on_error: str
+        self,
+        preprocessor: Callable[[list[dict[str, Any]]], Any],
+        origins: Origins,
+        on_error: str,
+        left_out: LeftOut | None = None,
     ) -> None:
-        self._preprocessor = preprocessor
-        self._to_json = RowFunction(standard_json, origins, on_error)
-        self._origins = origins
+        self._preprocessor, self._origins, self._on_error = preprocessor, origins, on_error
+        self._to_json = RowFunction(standard_json, origins, on_error, left_out)
+        self._alone = RowFunction(self._one, origins, on_error, left_out)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Return the new rows, as JSON, with their numbers."""
+        numbers, texts = batch[ROW], self._texts(batch)
+        kept = [(text, number) for text, number in zip(texts, numbers, strict=True) if text]
+        return {JSON: [text for text, _ in kept], ROW: [number for _, number in kept]}
+
+    def _texts(self, batch: Mapping[str, Sequence[Any]]) -> list[str | None]:
         numbers, rows = zip(*read_batch(batch), strict=True)
+        if any(is_empty(row) for row in rows):
+            return self._singly(batch)
         where = f"{self._origins.where(numbers[0])} to {self._origins.where(numbers[-1])}"
         try:
             results = list(self._preprocessor(list(rows)))
-        except ROW_ERRORS as error:
+        except (DataError, *ROW_ERRORS) as error:
+            texts = self._singly(batch)
+            if self._on_error == "skip":
+                return texts
             raise DataError(
                 f"{where}: {type(error).__name__}: {error}",
-                hint="without batched=True the row itself is named",
+                hint="each of these rows alone is taken: mend the function for many",
             ) from error
         if len(results) != len(rows):
             raise DataError(
@@ -115,13 +174,17 @@ class PreprocessBatch:
                 f"{len(rows)} rows: got {len(results)}",
                 hint="leave batched=True out for a function of one row",
             )
-        pairs = [
-            (self._to_json(number, result), number)
-            for number, result in zip(numbers, results, strict=True)
-            if result is not None
-        ]
-        kept = [(text, number) for text, number in pairs if text is not None]
-        return {JSON: [text for text, _ in kept], ROW: [number for _, number in kept]}
+        return [self._to_json(*pair) for pair in zip(numbers, results, strict=True)]
+
+    def _singly(self, batch: Mapping[str, Sequence[Any]]) -> list[str | None]:
+        return [self._alone(number, row) for number, row in read_batch(batch)]
+
+    def _one(self, row: dict[str, Any]) -> str | None:
+        """Return a row's result as JSON."""
+        results = list(self._preprocessor([row]))
+        if len(results) != 1:
+            raise DataError(f"a batched preprocessor must return one row for one: got {results!r}")
+        return standard_json(results[0])
 
 
 def standard_json(result: Any) -> str | None:

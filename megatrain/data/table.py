@@ -12,7 +12,8 @@ from filelock import FileLock
 
 from megatrain.data.fingerprint import fingerprint
 from megatrain.data.origin import ROW
-from megatrain.errors import ConfigError
+from megatrain.data.steps import LeftOut
+from megatrain.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,17 @@ def run_filter(
             num_proc=num_proc,
             new_fingerprint=name,
             desc="filtering",
+        )
+
+
+def log_left_out(left_out: LeftOut, before: Table, after: Table) -> None:
+    """Warn of rows that a step left out.  Raises DataError if none is left."""
+    if isinstance(before, datasets.IterableDataset):
+        return
+    left_out.log(len(before) - len(after), len(before))
+    if not len(after):
+        raise DataError(
+            f"{left_out.call} left out all of {len(before)} rows", hint="check its options"
         )
 
 

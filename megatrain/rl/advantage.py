@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,6 +12,9 @@ from megatrain.errors import ConfigError, DataError
 
 Array = npt.NDArray[np.float64]
 Order = Literal["consecutive", "interleaved"]
+
+LARGEST = 1e100
+"""Sums of squares of larger numbers overflow."""
 
 EPSILON = 1e-4
 """Added to a standard deviation before it divides, as in TRL."""
@@ -29,12 +33,59 @@ def reward_array(rewards: Any) -> Array:
 
     Raises DataError unless there is at least one, in one dimension, and all scores are finite.
     """
-    array = np.array(rewards, dtype=np.float64)
+    array = float_array(rewards, "rewards")
     if array.ndim != 1 or not array.size:
         raise DataError(f"rewards must be a list with one number a completion: shape {array.shape}")
-    if np.isinf(array).any():
-        raise DataError(f"a reward must be finite: rewards[{int(np.isinf(array).argmax())}]")
+    _check_size(array, "rewards", np.abs(array) > LARGEST)
     return array
+
+
+def float_array(values: Any, name: str) -> Array:
+    """Return `values` as float64.  DataError if they are texts, too large, or lists of unlike
+    lengths."""
+    try:
+        raw = np.asarray(values)
+        if raw.dtype.kind in "USc" or (
+            raw.dtype == object and any(isinstance(each, str | bytes) for each in raw.flat)
+        ):
+            raise ValueError("not numbers")
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name} must be numbers: {_short(values)} ({error})") from error
+
+
+def _check_size(array: Array, name: str, bad: npt.NDArray[np.bool_]) -> None:
+    if bad.any():
+        at = int(bad.argmax())
+        raise DataError(
+            f"{name} must be finite, and {LARGEST:g} at most: {name}[{at}] is {array[at]}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_finite(name: str, value: Any, lowest: float, highest: float) -> None:
+    """Raise ConfigError unless the option is a number in these bounds."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not lowest <= float(value) <= highest
+    ):
+        raise ConfigError(f"{name} must be a number in [{lowest:g}, {highest:g}]: {value!r}")
+
+
+def token_counts(values: Any, name: str) -> list[int]:
+    """Return how many numbers each datum has.  DataError unless each is a list with one or more."""
+    try:
+        counts = [len(each) for each in values]
+    except TypeError as error:
+        raise DataError(f"{name} must be a list of lists of numbers: {_short(values)}") from error
+    if not counts or not min(counts):
+        raise DataError(f"{name} need a token at least of each datum: {counts}")
+    return counts
 
 
 def groups(rewards: Array, num_generations: int, order: Order) -> Array:
@@ -46,8 +97,7 @@ def groups(rewards: Array, num_generations: int, order: Order) -> Array:
     """
     if order not in get_args(Order):
         raise ConfigError(f"order must be one of {', '.join(get_args(Order))}: {order!r}")
-    if num_generations < 1:
-        raise ConfigError(f"num_generations must be at least 1: {num_generations}")
+    _check_count(num_generations)
     if len(rewards) % num_generations:
         raise DataError(
             "the number of rewards must be a multiple of num_generations: "
@@ -63,8 +113,17 @@ def ungroup(grouped: Array, order: Order) -> Array:
     return (grouped.T if order == "interleaved" else grouped).reshape(-1)
 
 
+def _check_count(num_generations: Any) -> None:
+    whole = isinstance(num_generations, Integral) and not isinstance(num_generations, bool)
+    if not whole or num_generations < 1:
+        raise ConfigError(
+            f"num_generations must be a whole number, at least 1: num_generations={num_generations}"
+        )
+
+
 def need_pairs(num_generations: int, name: str) -> None:
     """Raise ConfigError unless there is something to compare a completion with."""
+    _check_count(num_generations)
     if num_generations < 2:
         raise ConfigError(
             f"{name} compares the completions of one prompt: num_generations={num_generations}",
@@ -88,11 +147,16 @@ def std(values: Array, *, axis: int | None = None) -> Array:
 
 
 def per_datum(values: Sequence[Any], name: str, counts: Sequence[int]) -> list[Array]:
-    """Return per-token numbers as arrays.  Raises DataError unless their lengths are `counts`."""
-    arrays = [np.array(each, dtype=np.float64).reshape(-1) for each in values]
+    """Return per-token numbers as arrays.
+
+    Raises DataError unless their lengths are `counts` and all are finite.
+    """
+    arrays = [float_array(each, f"{name}[{i}]").reshape(-1) for i, each in enumerate(values)]
     found = [len(each) for each in arrays]
     if found != list(counts):
         raise DataError(
             f"{name} needs one number a token of each datum: {found} instead of {list(counts)}"
         )
+    for index, array in enumerate(arrays):
+        _check_size(array, f"{name}[{index}]", ~(np.abs(array) <= LARGEST))
     return arrays

@@ -62,6 +62,19 @@ def _text(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
+def last_tagged(text: str, tag: str) -> str | None:
+    """Return what the last `<tag>...</tag>` holds; None if there is none.
+
+    Takes time linear in the text, as a lazy regular expression does not on many open tags.
+    """
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
+    if start < 0:
+        return None
+    start += len(opening)
+    return text[start : text.find(closing, start)]
+
+
 def user_data(trajectory: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row's user_data as one dict: given as a dict, a list of dicts, or of pairs."""
     found = trajectory.get("user_data") or []

@@ -29,6 +29,9 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
 }
 """Options are those of Transformers' functions: num_warmup_steps, num_training_steps, ..."""
 
+FAR = 1_000_000
+"""Steps behind all counts at which a factor is tried too."""
+
 
 class Schedule(torch.optim.lr_scheduler.LambdaLR):
     """A factor by number of steps, on every parameter group of an optimizer."""
@@ -55,7 +58,8 @@ def make_schedule(
 ) -> Schedule:
     """Return a schedule over `optimizer`.
 
-    Raises ConfigError for an unknown name or option, before a learning rate has changed.
+    Raises ConfigError for an unknown name or option, or one that gives no learning rate at some
+    step, before a learning rate has changed.
     """
     lr = float(optimizer.defaults["lr"])
     return Schedule(optimizer, _factor(name, lr, options))
@@ -63,10 +67,43 @@ def make_schedule(
 
 def check_schedule(name: str, options: Mapping[str, Any], *, lr: float = 1e-3) -> None:
     """Raise ConfigError for an unknown name or option, given the optimizer's learning rate."""
-    _factor(name, lr, options)(0)
+    _factor(name, lr, options)
 
 
 def _factor(name: str, lr: float, options: Mapping[str, Any]) -> Callable[[int], float]:
+    """Return the factor by step, tried at each step where it may change its form."""
+    factor = _make(name, lr, options)
+    counts = [value for option, value in options.items() if _is_count(option) and value is not None]
+    ends = {0, *counts, sum(counts), FAR + 2 * sum(counts)}
+    for step in sorted({step + more for step in ends for more in (-1, 0, 1)} - {-1}):
+        _try(name, factor, step, options)
+    return factor
+
+
+def _try(name: str, factor: Callable[[int], float], step: int, options: Mapping[str, Any]) -> None:
+    given = f"{name} with {dict(options)}"
+    try:
+        value = factor(step)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(f"{given} has no learning rate at step {step}: {error}") from error
+    if isinstance(value, complex) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{given} would multiply the learning rate at step {step} by {value}")
+
+
+def _is_count(option: str) -> bool:
+    return option.endswith("_steps")
+
+
+def _check_counts(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    for option, value in options.items():
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        default = value is None and parameters[option].default is None
+        if _is_count(option) and not whole and not default:
+            raise ConfigError(f"{name}: {option} must be a whole number, 0 or more: {value!r}")
+
+
+def _make(name: str, lr: float, options: Mapping[str, Any]) -> Callable[[int], float]:
     if name in ("reduce_lr_on_plateau", "greedy"):
         raise ConfigError(
             f"the scheduler {name!r} follows a metric, and lr_step has none",
@@ -76,9 +113,11 @@ def _factor(name: str, lr: float, options: Mapping[str, Any]) -> Callable[[int],
     if name == "default":
         known = set(inspect.signature(_megatron).parameters) - {"lr"}
         check_known("option of default", options, known)
+        _check_counts(name, options, _megatron)
         return _call(name, _megatron, options, lr=lr)
     known = set(inspect.signature(SCHEDULES[name]).parameters) - {"optimizer", "last_epoch"}
     check_known(f"option of {name}", options, known)
+    _check_counts(name, options, SCHEDULES[name])
     # On an optimizer of its own: making a schedule sets learning rates at once.
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(0))], lr=lr)
     factor: Callable[[int], float] = _call(
@@ -90,7 +129,7 @@ def _factor(name: str, lr: float, options: Mapping[str, Any]) -> Callable[[int],
 def _call(name: str, function: Callable[..., Any], options: Mapping[str, Any], **more: Any) -> Any:
     try:
         return function(**more, **options)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         given = dict(options)
         raise ConfigError(f"{name} does not take these options: {given}: {error}") from error
 
@@ -122,9 +161,9 @@ def _megatron(
             "default: rates must be 0 <= min_lr, lr_warmup_init <= max_lr, and the optimizer's lr "
             f"positive: min_lr={min_lr}, lr_warmup_init={lr_warmup_init}, max_lr={max_lr}, lr={lr}"
         )
-    if not lr_decay_steps > 0 or not lr_warmup_steps >= 0:
+    if not lr_decay_steps > 0 or lr_warmup_steps >= lr_decay_steps:
         raise ConfigError(
-            "default: lr_decay_steps must be positive and lr_warmup_steps 0 or more: "
+            "default: lr_decay_steps must be positive, and more than lr_warmup_steps: "
             f"{lr_decay_steps}, {lr_warmup_steps}"
         )
 

@@ -35,6 +35,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="KEY=VALUE",
         help="of the preprocessor; may be repeated",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run a preprocessor's code from a file or a hub",
+    )
     parser.add_argument("--subset", metavar="NAME", help="a hub's subset, or a folder in PATH")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--packing", action="store_true", help="pack rows to --max-length")
@@ -45,14 +50,23 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode, print the table, write the files; return 0."""
+    if args.max_length is not None and args.max_length < 1:
+        raise ConfigError(f"--max-length must be at least 1 token: got {args.max_length}")
     if args.packing and args.max_length is None:
         raise ConfigError("--packing needs a length to pack to", hint="add --max-length 4096")
     if args.option and args.preprocessor is None:
         raise ConfigError("--option has no effect without --preprocessor")
+    if args.trust_remote_code and args.preprocessor is None:
+        raise ConfigError("--trust-remote-code has no effect without --preprocessor")
     # Imports stay off the path of `--help`.
     from megatrain.cli.data.report import plot, show, table_rows
 
     dataset = _encode(args)
+    if args.packing and dataset.has_pairs:
+        raise ConfigError(
+            "--packing: rows with a chosen and a rejected answer cannot be packed",
+            hint="leave --packing out",
+        )
     statistics = dataset.statistics()
     packed, num_too_long = _pack(dataset, args) if args.max_length else (None, 0)
     rows = table_rows(statistics, packed if args.packing else None, args.max_length, num_too_long)
@@ -73,7 +87,12 @@ def _encode(args: argparse.Namespace) -> Any:
     dataset.set_template("Template", model_id=args.model)
     if args.preprocessor is not None:
         options = dict(_key_and_value(text) for text in args.option)
-        dataset.map(args.preprocessor, num_proc=args.num_proc, **options)
+        dataset.map(
+            args.preprocessor,
+            num_proc=args.num_proc,
+            trust_remote_code=args.trust_remote_code,
+            **options,
+        )
     return dataset.encode(num_proc=args.num_proc)
 
 

@@ -7,6 +7,7 @@ from megatrain.data.preprocessors.base import (
     Row,
     assistant,
     need,
+    need_words,
     user,
     with_system,
 )
@@ -24,6 +25,7 @@ class AlpacaProcessor(Preprocessor):
 
     def __call__(self, row: Row) -> dict[str, Any]:
         instruction, output = need(row, "instruction", "output", who=self)
+        need_words("output", output)
         question = "\n".join(part for part in (instruction, row.get("input")) if part)
         earlier = [
             message

@@ -40,6 +40,15 @@ def need(row: Row, *columns: str, who: object) -> list[Any]:
     return [row[column] for column in columns]
 
 
+def need_words(column: str, answer: Any) -> None:
+    """Raise DataError for an answer that is blank."""
+    if isinstance(answer, str) and not answer.strip():
+        raise DataError(
+            f"{column} is an empty answer: {answer!r}",
+            hint='leave such rows out with a filter before, or with on_error="skip"',
+        )
+
+
 def with_system(system: str | None, *messages: dict[str, Any]) -> list[dict[str, Any]]:
     """Return `messages`, behind a system message if there is one."""
     first = [{"role": "system", "content": system}] if system else []

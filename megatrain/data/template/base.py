@@ -71,7 +71,7 @@ class Template:
         """Return `row` with its tokens, or None where truncation leaves nothing of it.
 
         {"messages", "tools"?}: adds input_ids, labels (-100: no loss; not shifted), length and
-        num_labels.  With "label" (true or false, KTO) the loss is on the last turn alone.
+        num_labels.  With "label" (true or false, 1 or 0, KTO) the loss is on the last turn alone.
         {"chosen", "rejected"}: adds chosen_input_ids, chosen_labels and the same for rejected;
         the messages that both begin with are the prompt and have no labels.
         {"text"}: the tokenizer's special tokens around the text, and the end-of-sequence token;
@@ -148,7 +148,7 @@ class Template:
         if add_generation_prompt:
             return self._encode_prompt(conversation)
         turns = conversation.turns()
-        if isinstance(row.get("label"), bool):
+        if _has_label(row):
             return self._finish(*self._encode_messages(conversation, turns[-1:]))
         if self.loss_on == "all":
             return self._finish(*self._encode_everything(conversation))
@@ -272,6 +272,17 @@ class Template:
         if cut_ids is None or cut_labels is None or not num_labels(cut_labels):
             return None
         return _sizes(cut_ids, cut_labels)
+
+
+def _has_label(row: Row) -> bool:
+    """Tell whether the row is KTO's: an answer that is wanted, or not."""
+    label = row.get("label")
+    if label is not None and not (isinstance(label, int) and label in (0, 1)):
+        raise DataError(
+            f"label must be true or false (1 or 0), not {label!r}",
+            hint="rename the column if it says something else",
+        )
+    return label is not None
 
 
 def _sizes(ids: list[int], labels: list[int]) -> dict[str, Any]:

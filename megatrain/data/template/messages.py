@@ -10,6 +10,9 @@ from megatrain.errors import DataError
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """Roles that chat templates of the field know."""
 
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")
+"""What an assistant may say without content."""
+
 Message = dict[str, Any]
 
 
@@ -31,7 +34,8 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
     """Check `messages` and `tools`; DataError names the message.
 
     Keys whose value is None are left out, also inside tools and tool calls: a table has every key
-    in every row.  A column of tools, or of tool_calls, may be JSON text instead.
+    in every row.  A column of tools, or of tool_calls, may be JSON text instead.  Content in parts
+    of type text becomes one text, which is what most chat templates take.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(
@@ -39,6 +43,8 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
             hint="drop such rows with a filter, for example EmptyFilter",
         )
     cleaned = [_clean_message(index, message) for index, message in enumerate(messages)]
+    for index, message in enumerate(cleaned):
+        _check_answer(index, message)
     loss = [message.pop("loss", None) for message in cleaned]
     return Conversation(cleaned, loss, _clean_tools(tools))
 
@@ -73,10 +79,26 @@ def _check_content(index: int, message: Message) -> None:
         return
     if not isinstance(content, Sequence):
         raise DataError(f"message {index}: content must be text, not {_short(content)}")
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError(f"message {index}: only text can be trained on, not {_short(part)}")
-    message["content"] = _without_none(content)
+    message["content"] = "".join(_part_text(index, part) for part in content)
+
+
+def _part_text(index: int, part: Any) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        raise DataError(f"message {index}: only text can be trained on, not {_short(part)}")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise DataError(f"message {index}: a part of type text has no text: {_short(part)}")
+    return text
+
+
+def _check_answer(index: int, message: Message) -> None:
+    """Refuse an answer of nothing, which teaches a model to say nothing."""
+    answers = message["role"] == "assistant" and message.get("loss") is not False
+    if answers and not message["content"].strip() and not any(map(message.get, BESIDE_CONTENT)):
+        raise DataError(
+            f"message {index} is an empty answer of the assistant",
+            hint='leave such rows out with EmptyFilter, or give the message "loss": false',
+        )
 
 
 def _clean_tools(tools: Any) -> list[dict[str, Any]] | None:

@@ -5,8 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.errors import ConfigError, DataError
-from megatrain.rl.advantage import EPSILON, Advantage, Array, per_datum
+from megatrain.errors import DataError
+from megatrain.rl.advantage import (
+    EPSILON,
+    Advantage,
+    Array,
+    check_finite,
+    per_datum,
+    token_counts,
+)
 
 
 def gae(
@@ -40,8 +47,7 @@ class GAEAdvantage(Advantage):
 
     def __init__(self, *, gamma: float = 1.0, lam: float = 0.95, whiten: bool = False) -> None:
         for name, value in (("gamma", gamma), ("lam", lam)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name} must be in [0, 1]: {value}")
+            check_finite(name, value, 0, 1)
         self.gamma, self.lam, self.whiten = gamma, lam, whiten
         self.returns: list[Array] = []
         """Targets of the critic, one a token, of the last call: advantages before whitening plus
@@ -58,19 +64,16 @@ class GAEAdvantage(Advantage):
         """Return advantages, a float64 array (T,) a datum.
 
         A datum's reward is a number, which then stands at its last token, or one a token, as its
-        values are.  Raises DataError when the lengths differ.
+        values are.  Raises DataError when the lengths differ or a number is not finite.
         """
-        counts = [len(each) for each in values]
-        if not counts or min(counts) < 1:
-            raise DataError(f"values need a token at least of each datum: {counts}")
+        counts = token_counts(values, "values")
         per_token = per_datum(self._spread(rewards, counts), "rewards", counts)
         critic = per_datum(values, "values", counts)
         ends = per_datum(dones, "dones", counts) if dones is not None else [None] * len(counts)
-        after = [0.0] * len(counts) if last_values is None else list(last_values)
-        if len(after) != len(counts):
-            raise DataError(f"last_values needs one number a datum: {len(after)}, {len(counts)}")
+        last = np.zeros(len(counts)) if last_values is None else last_values
+        (after,) = per_datum([last], "last_values", [len(counts)])
         both = [
-            gae(r, v, gamma=self.gamma, lam=self.lam, dones_T=d, last_value=a)
+            gae(r, v, gamma=self.gamma, lam=self.lam, dones_T=d, last_value=float(a))
             for r, v, d, a in zip(per_token, critic, ends, after, strict=True)
         ]
         self.returns = [returns for _, returns in both]
@@ -79,10 +82,10 @@ class GAEAdvantage(Advantage):
 
     @staticmethod
     def _spread(rewards: Sequence[Any], counts: Sequence[int]) -> list[Any]:
-        if len(rewards) != len(counts):
-            raise DataError(f"as many rewards as values: {len(rewards)}, {len(counts)}")
+        if not hasattr(rewards, "__len__") or len(rewards) != len(counts):
+            raise DataError(f"as many rewards as values, {len(counts)}: {rewards!r}")
         return [
-            [0.0] * (n - 1) + [float(r)] if np.ndim(r) == 0 else r
+            r if hasattr(r, "__len__") and np.shape(r) != () else [*[0.0] * (n - 1), r]
             for r, n in zip(rewards, counts, strict=True)
         ]
 

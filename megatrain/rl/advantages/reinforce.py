@@ -5,12 +5,26 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.errors import ConfigError, DataError
-from megatrain.rl.advantage import Advantage, Array, Order, groups, mean, per_datum, reward_array
+from megatrain.errors import DataError
+from megatrain.rl.advantage import (
+    Advantage,
+    Array,
+    Order,
+    check_finite,
+    float_array,
+    groups,
+    mean,
+    per_datum,
+    reward_array,
+    token_counts,
+)
 from megatrain.rl.advantage import ungroup as in_order
 
 SMALLEST_VARIANCE = 1e-8
 """A batch's variance counts as at least this, as in OpenRLHF."""
+
+LARGEST_COEFFICIENT = 1e30
+"""So that the square of a penalty is a finite number."""
 
 
 class ReinforcePlusPlusAdvantage(Advantage):
@@ -21,8 +35,8 @@ class ReinforcePlusPlusAdvantage(Advantage):
     """
 
     def __init__(self, *, gamma: float = 1.0, kl_coef: float = 0.0) -> None:
-        if not 0 <= gamma <= 1:
-            raise ConfigError(f"gamma must be in [0, 1]: {gamma}")
+        check_finite("gamma", gamma, 0, 1)
+        check_finite("kl_coef", kl_coef, 0, LARGEST_COEFFICIENT)
         self.gamma, self.kl_coef = gamma, kl_coef
 
     def __call__(
@@ -48,12 +62,9 @@ class ReinforcePlusPlusAdvantage(Advantage):
             raise DataError(f"kl_coef needs kl, a number for each token: kl_coef={self.kl_coef}")
         if kl is None and lengths is None:
             return _normalise([flat])[0]
-        counts = [len(each) for each in kl] if lengths is None and kl is not None else lengths
-        assert counts is not None
-        if len(counts) != len(flat) or min(counts) < 1:
-            raise DataError(
-                f"kl and lengths need a token at least of each of {len(flat)} data: {list(counts)}"
-            )
+        counts = token_counts(kl, "kl") if lengths is None else _lengths(lengths)
+        if len(counts) != len(flat):
+            raise DataError(f"kl and lengths need one for each of {len(flat)} data: {counts}")
         penalty = [np.zeros(n) for n in counts] if kl is None else per_datum(kl, "kl", counts)
         pairs = zip(flat, penalty, strict=True)
         return _normalise([self._returns(score, each) for score, each in pairs])
@@ -65,6 +76,13 @@ class ReinforcePlusPlusAdvantage(Advantage):
         for t in reversed(range(len(result) - 1)):
             result[t] += self.gamma * result[t + 1]
         return result
+
+
+def _lengths(lengths: Any) -> list[int]:
+    array = float_array(lengths, "lengths")
+    if array.ndim != 1 or not array.size or (array % 1 != 0).any() or array.min() < 1:
+        raise DataError(f"lengths must be whole numbers, a token at least of each: {lengths!r}")
+    return [int(each) for each in array]
 
 
 def _normalise(returns: list[Array]) -> list[Array]:

@@ -5,14 +5,21 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from megatrain.rl.reward import CompletionReward
+from megatrain.rl.reward import CompletionReward, last_tagged
 
 TOLERANCE = Decimal("1e-5")
-"""Two numbers closer than this are the same answer."""
+"""Two numbers closer than this, times the larger of them if that is below 1, are the same."""
 
-_HASHES = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
-_DECORATION = str.maketrans("", "", " ,$%\n\t")
+MAX_CHARACTERS = 200
+"""What follows `####` is looked for in as many characters."""
+
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
+_DOLLAR = r"(?:\\?\$)?\s*"
+_NUMBER = re.compile(
+    rf"([-+]?){_DOLLAR}([-+]?{_DIGITS}(?:[eE][-+]?\d{{1,3}})?)\s*(?:\\?%)?", re.ASCII
+)
+_NO_MORE = r"(?![\d,.]*\d|\s*[,/^*]\s*\d|[eE]\d)"  # "3, 4", "3/4" and "3e4" are not 3
+_HASHED = re.compile(rf"\s*(-?){_DOLLAR}(-?{_DIGITS}){_NO_MORE}", re.ASCII)
 
 
 class AccuracyReward(CompletionReward):
@@ -24,8 +31,8 @@ class AccuracyReward(CompletionReward):
 
     def extract(self, completion: str) -> str:
         """Return the final answer; empty if there is none.  Subclass for another format."""
-        tagged = _TAG.findall(completion)
-        return boxed(completion) or hashed(completion) or (tagged[-1].strip() if tagged else "")
+        tagged = last_tagged(completion, "answer")
+        return boxed(completion) or hashed(completion) or (tagged or "").strip()
 
     def score(self, completion: str, truth: Mapping[str, Any]) -> float:
         """Return 1 or 0."""
@@ -60,8 +67,13 @@ class GSM8KFormatReward(CompletionReward):
 
 def hashed(text: str) -> str:
     """Return the last number after `####`; empty if there is none."""
-    found = _HASHES.findall(text)
-    return found[-1] if found else ""
+    at = text.rfind("####")
+    while at >= 0:
+        found = _HASHED.match(text[at + 4 : at + 4 + MAX_CHARACTERS])
+        if found:
+            return (found[1] + found[2]).rstrip(".")
+        at = text.rfind("####", 0, at)
+    return ""
 
 
 def boxed(text: str) -> str:
@@ -84,14 +96,18 @@ def same_answer(answer: str, truth: Any) -> bool:
         return False
     first, second = _number(answer), _number(str(truth))
     if first is not None and second is not None:
-        return abs(first - second) < TOLERANCE
+        return abs(first - second) <= TOLERANCE * min(Decimal(1), max(abs(first), abs(second)))
     return _plain(answer) == _plain(str(truth)) != ""
 
 
 def _number(text: str) -> Decimal | None:
+    """Return the number that `text` is: with commas between thousands, a dollar or percent sign."""
+    found = _NUMBER.fullmatch(text.strip().replace("{,}", ","))
+    if not found:
+        return None
     try:
-        value = Decimal(text.translate(_DECORATION))
-    except InvalidOperation:
+        value = Decimal((found[1] + found[2]).replace(",", ""))
+    except InvalidOperation:  # two signs
         return None
     return value if value.is_finite() and abs(value.adjusted()) < 1000 else None
 

@@ -1,14 +1,16 @@
 """The Countdown game: an equation that reaches the target with each number once."""
 
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from megatrain.rl.arithmetic import evaluate
-from megatrain.rl.reward import CompletionReward
+from megatrain.rl.reward import CompletionReward, last_tagged
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
+_RATIONAL = re.compile(r"-?\d{1,100}(?:\.\d{1,100}|/0*[1-9]\d{0,99})?", re.ASCII)
+"""A target given as text; an exponent could stand for a number of any size."""
 
 
 class CountdownReward(CompletionReward):
@@ -19,9 +21,9 @@ class CountdownReward(CompletionReward):
 
     def score(self, completion: str, truth: Mapping[str, Any]) -> float:
         """Return 1 or 0.  The value is exact: no rounding makes a near miss right."""
-        answers = _ANSWER.findall(completion)
+        answer = last_tagged(completion, "answer")
         target, numbers = _task(truth)
-        found = evaluate(answers[-1].split("=")[0]) if answers else None
+        found = evaluate(answer.partition("=")[0]) if answer else None
         if found is None or not numbers:
             return 0.0
         value, used = found
@@ -30,8 +32,21 @@ class CountdownReward(CompletionReward):
 
 def _task(truth: Mapping[str, Any]) -> tuple[Fraction | None, list[int]]:
     """Return target and sorted numbers; no numbers if the row has no task."""
-    try:
-        numbers = sorted(int(number) for number in truth.get("nums") or ())
-        return Fraction(str(truth.get("target"))), numbers
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None, []
+    target, given = _target(truth.get("target")), truth.get("nums")
+    numbers = [_whole(each) for each in given] if isinstance(given, list | tuple) else []
+    whole = [number for number in numbers if number is not None]
+    return target, sorted(whole) if len(whole) == len(numbers) else []
+
+
+def _target(value: Any) -> Fraction | None:
+    if isinstance(value, str):
+        return Fraction(value.strip()) if _RATIONAL.fullmatch(value.strip()) else None
+    if isinstance(value, float):
+        return Fraction(str(value)) if math.isfinite(value) else None
+    return Fraction(value) if isinstance(value, int) else None
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) else None

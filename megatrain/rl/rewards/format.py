@@ -1,11 +1,10 @@
 """Whether a completion has the tags that it was asked for."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatrain.errors import ConfigError
-from megatrain.rl.reward import CompletionReward
+from megatrain.rl.reward import CompletionReward, last_tagged
 
 
 class FormatReward(CompletionReward):
@@ -14,8 +13,8 @@ class FormatReward(CompletionReward):
     def __init__(self, tags: Sequence[str] = ("think", "answer")) -> None:
         if isinstance(tags, str) or not tags:
             raise ConfigError(f"tags must be a list of names: {tags!r}")
-        self.patterns = [re.compile(f"<{re.escape(t)}>.*?</{re.escape(t)}>", re.S) for t in tags]
+        self.tags = list(tags)
 
     def score(self, completion: str, truth: Mapping[str, Any]) -> float:
         """Return 1 or 0."""
-        return float(all(pattern.search(completion) for pattern in self.patterns))
+        return float(all(last_tagged(completion, tag) is not None for tag in self.tags))

@@ -80,6 +80,8 @@ def test_a_preprocessor_takes_its_options(
     ("options", "message"),
     [
         (["--packing"], "--packing needs a length"),
+        (["--max-length", "0"], "--max-length must be at least 1"),
+        (["--trust-remote-code"], "no effect without --preprocessor"),
         (["--option", "a=1"], "no effect without --preprocessor"),
         (["--preprocessor", "AlpacaProcesor"], "unknown preprocessor 'AlpacaProcesor'"),
         (["--preprocessor", "AlpacaProcessor", "--option", "a"], "must be KEY=VALUE"),
@@ -90,4 +92,24 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     args = parse(tmp_path / "chats.jsonl", "--model", model, *options)
     with pytest.raises(ConfigError, match=message):
+        args.run(args)
+
+
+def test_a_preprocessor_in_a_file_runs_where_it_is_trusted(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "steps.py"
+    file.write_text("def step(row):\n    return row\n")
+    args = parse(tmp_path / "chats.jsonl", "--model", model, "--preprocessor", f"{file}:step")
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        args.run(args)
+    args.trust_remote_code = True
+    assert args.run(args) == 0
+
+
+def test_pairs_are_not_packed(model: Path, tmp_path: Path) -> None:
+    other = {"role": "assistant", "content": "three"}
+    rows = [{"chosen": chat, "rejected": [chat[0], other]} for chat in CHATS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--model", model, "--max-length", "4096", "--packing")
+    args = parse(tmp_path / "pairs.jsonl", *options)
+    with pytest.raises(ConfigError, match="cannot be packed"):
         args.run(args)

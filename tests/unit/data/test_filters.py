@@ -28,6 +28,13 @@ def test_rows_without_words_are_left_out():
     assert not keep({"chosen": good, "rejected": bad})
 
 
+def test_what_the_template_refuses_as_an_empty_answer_is_left_out():
+    keep, empty = EmptyFilter(), answered("")["messages"]
+    assert not keep({"messages": [*empty, *answered("hi")["messages"]]})
+    assert keep({"messages": [*answered("", loss=False)["messages"], *answered("a")["messages"]]})
+    assert keep(answered("", reasoning_content="hm"))
+
+
 def test_a_prompt_needs_no_answer():
     assert EmptyFilter(prompts=True)({"messages": [USER]})
     assert not EmptyFilter(prompts=True)({"messages": [{"role": "user", "content": ""}]})

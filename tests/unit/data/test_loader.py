@@ -208,6 +208,31 @@ def test_another_order_is_refused(path: Path) -> None:
         DataLoader(encoded(path), 4).resume_from_checkpoint({"epoch": 1})
 
 
+def test_other_data_and_places_that_are_not_there_are_refused(path: Path, tmp_path: Path) -> None:
+    state = DataLoader(encoded(path), 4).get_state()
+    assert state["num_samples"] == NUM_ROWS
+    lines = path.read_text().splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(reversed(lines)))
+    with pytest.raises(ConfigError, match="other data: fingerprint="):
+        DataLoader(encoded(other), 4).resume_from_checkpoint(state)
+    for kind in KINDS.values():
+        own = DataLoader(encoded(path, **kind), 4).get_state()
+        DataLoader(encoded(path, **kind), 4).resume_from_checkpoint(own)
+    assert own["num_samples"] is None  # the last kind is a stream
+    other.write_text("\n".join(lines[:8]))
+    with pytest.raises(ConfigError, match="other data: num_samples=10, and this loader has 8"):
+        DataLoader(encoded(other), 4).resume_from_checkpoint(state)
+    for place, message in (
+        ({"position": 11}, "position=11 is behind the end of an epoch of 10"),
+        ({"position": -1}, "position must be a whole number, 0 or more"),
+        ({"epoch": -1}, "epoch must be a whole number, 0 or more"),
+        ({"consumed_train_samples": 1.5}, "consumed_train_samples must be a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            DataLoader(encoded(path), 4).resume_from_checkpoint({**state, **place})
+
+
 @pytest.mark.parametrize("kind", ["lazy", "streaming"])
 def test_an_error_names_its_row_and_comes_after_the_batches_before_it(
     tmp_path: Path, kind: str
@@ -249,7 +274,14 @@ def test_sizes_that_cannot_work_are_refused(path: Path) -> None:
         ({"batch_size": 4, "min_batch_size": 2, "drop_last": True}, "drop_last=True means"),
         ({"batch_size": 16, "drop_last": True}, "10 samples make no batch of at least 16"),
         ({"batch_size": 4, "device_mesh": DeviceMesh(dp=8)}, "leaves some of 8 data-parallel"),
-        ({"batch_size": 4, "prefetch": -1}, "prefetch must be 0 or more"),
+        ({"batch_size": 4, "prefetch": -1}, "prefetch must be a whole number, 0 or more"),
+        ({"batch_size": 2.0}, "batch_size must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"batch_size": 4, "min_batch_size": "2"}, "min_batch_size must be a whole number"),
+        ({"batch_size": 4, "seed": -1}, "seed must be a whole number, 0 or more"),
+        ({"batch_size": 4, "seed": None}, "seed must be a whole number"),
+        ({"batch_size": 4, "shuffle": "no"}, "shuffle must be True or False"),
+        ({"batch_size": 4, "drop_last": 1}, "drop_last must be True or False"),
     ):
         with pytest.raises(ConfigError, match=message):
             DataLoader(dataset, **options)  # type: ignore[arg-type]

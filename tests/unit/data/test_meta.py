@@ -38,6 +38,9 @@ def test_numbers_may_be_given_once_and_are_kept() -> None:
 def test_what_is_no_choice_of_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be a range, a slice or row numbers: got '10'"):
         DatasetMeta("a", data_slice="10")  # type: ignore[arg-type]
+    for wrong in ([0, 1.5], [True], slice(0.0, 2), ["1"]):
+        with pytest.raises(ConfigError, match="made of whole numbers"):
+            DatasetMeta("a", data_slice=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dataset_id is empty"):
         DatasetMeta(" ")
     with pytest.raises(DataError, match="asks for row -6"):

@@ -158,3 +158,46 @@ def test_calls_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
         PackingDataset(path).set_template(ByteTemplate(24)).encode(lazy=True).pack_dataset()
     with pytest.raises(StateError, match="comes before pack_dataset"):
         encoded.pack_dataset().filter(lambda row: True)
+
+
+@pytest.mark.parametrize("name", ["weights", "ref_logps", "reward"])
+def test_a_column_that_a_loss_may_take_is_not_left_out_unsaid(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    row: dict[str, Any] = {"messages": [{"role": "assistant", "content": "hello"}]}
+    value = 0.5 if name == "reward" else [0.5] * 5
+    more = {**row, "label": True, "user_data": [1], "source": "text", "tools": []}
+
+    def pack(*rows: dict[str, Any]) -> PackingDataset:
+        path.write_text("\n".join(map(json.dumps, rows)))
+        dataset = PackingDataset(path).set_template(ByteTemplate(24)).encode()
+        return dataset.pack_dataset()
+
+    assert len(pack(row, more)) == 1
+    with pytest.raises(DataError, match=f"packing leaves out {name}") as raised:
+        pack(row, {**more, name: value})
+    assert "use Dataset: the trainer packs by itself" in (raised.value.hint or "")
+
+
+def test_pairs_are_refused_by_the_rows_that_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": chat}, {"chosen": chat, "rejected": chat}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    class Both(ByteTemplate):
+        """Encodes pairs too."""
+
+        def encode(self, row: Any, add_generation_prompt: bool = False) -> dict[str, Any] | None:
+            if "messages" in row:
+                return super().encode(row, add_generation_prompt)
+            return {"chosen_input_ids": [1, 2], "rejected_input_ids": [1, 3]}
+
+    def encoded() -> PackingDataset:
+        dataset = PackingDataset(path)
+        dataset.set_template(Both(24)).encode()
+        return dataset
+
+    with pytest.raises(DataError, match="cannot be packed"):
+        encoded().pack_dataset()
+    chats = encoded().filter(lambda row: "messages" in row)
+    assert len(chats.pack_dataset()) == 1

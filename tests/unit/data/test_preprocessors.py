@@ -113,6 +113,49 @@ def test_pairs_of_every_shape_become_two_conversations(row):
     }
 
 
+def pair(chosen, prompt="q"):
+    """Return the chosen side of a row with this prompt."""
+    row = {"prompt": prompt, "chosen": chosen, "rejected": "bad"}
+    return PreferenceProcessor()(row)["chosen"]
+
+
+def test_a_prompt_that_the_answer_repeats_is_there_once():
+    asked = [user("q"), assistant("good")]
+    assert pair([system("s"), *asked]) == [system("s"), *asked]
+    assert pair([user(" q\n"), assistant("good")]) == [user(" q\n"), assistant("good")]
+    assert pair(asked, [system("s"), user("q")]) == [system("s"), *asked]
+    assert pair([system("s"), *asked], [system("s "), user("q ")]) == [system("s"), *asked]
+    assert pair([system("s"), assistant("good")]) == [system("s"), *asked]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (1, "chosen must be a text or a list of messages, not 1"),
+        ([], "chosen does not end with a message of the assistant"),
+        ([user("q")], "chosen does not end with a message of the assistant"),
+        ([user("other"), assistant("good")], "a conversation that does not begin with the prompt"),
+        ("", "chosen is an empty answer: ''"),
+        ([user("q"), assistant(" ")], "chosen is an empty answer: ' '"),
+    ],
+)
+def test_a_side_that_is_no_answer_to_the_prompt_is_refused(chosen, message):
+    with pytest.raises(DataError, match=message):
+        pair(chosen)
+
+
+def test_a_side_with_another_system_message_than_the_prompts_is_refused():
+    with pytest.raises(DataError, match="chosen has another system message than its prompt"):
+        pair([system("t"), user("q"), assistant("good")], [system("s"), user("q")])
+
+
+def test_an_empty_output_is_refused():
+    with pytest.raises(DataError, match="output is an empty answer: ' '"):
+        AlpacaProcessor()({"instruction": "Hi", "output": " "})
+    with pytest.raises(DataError, match="completion is an empty answer"):
+        PreferenceProcessor()({"prompt": "q", "completion": "", "label": True})
+
+
 def test_kto_rows_keep_their_label():
     row = {"prompt": "q", "completion": "a", "label": 0}
     assert PreferenceProcessor()(row) == {"messages": [user("q"), assistant("a")], "label": False}

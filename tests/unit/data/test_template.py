@@ -57,6 +57,36 @@ def test_a_kto_row_has_its_loss_on_the_last_turn(tokenizer):
     assert encoded["label"] is False
 
 
+@pytest.mark.parametrize("label", [1, 0])
+def test_a_kto_label_may_be_a_whole_number(tokenizer, label):
+    encoded = Template(tokenizer=tokenizer).encode({"messages": TWO_TURNS, "label": label})
+    assert labelled_texts(tokenizer, encoded) == [LAST]
+
+
+@pytest.mark.parametrize("label", [-1, 2, 0.5, "good"])
+def test_another_label_is_refused(tokenizer, label):
+    with pytest.raises(DataError, match=r"label must be true or false \(1 or 0\), not"):
+        Template(tokenizer=tokenizer).encode({"messages": TWO_TURNS, "label": label})
+
+
+@pytest.mark.parametrize("content", ["", " \n", None, [{"type": "text", "text": " "}], []])
+def test_an_empty_answer_is_refused_unless_it_has_no_loss(tokenizer, content):
+    empty = {"role": "assistant", "content": content, "tool_calls": None}
+    template = Template(tokenizer=tokenizer)
+    for row in (
+        {"messages": [TWO_TURNS[0], empty]},
+        {"messages": [TWO_TURNS[0], empty, *TWO_TURNS[2:]]},
+        {"chosen": TWO_TURNS[:2], "rejected": [TWO_TURNS[0], empty]},
+    ):
+        with pytest.raises(
+            DataError, match=r"message 1 (is an empty answer|.assistant. has no content)"
+        ):
+            template.encode(row)
+    if content is not None:
+        messages = [TWO_TURNS[0], {**empty, "loss": False}, *TWO_TURNS[2:]]
+        assert texts(tokenizer, {"messages": messages}) == [LAST]
+
+
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
 def test_a_pairs_common_messages_have_no_labels(tokenizer, loss_on):
     other = [*TWO_TURNS[:3], {"role": "assistant", "content": "I think it is"}]
@@ -122,6 +152,10 @@ def test_a_prompt_is_never_cut_at_its_end(tokenizer):
         ({"messages": ["hi"]}, "message 0 must be a mapping"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "message 0: a part of type text has no text",
+        ),
         ({"messages": with_loss(m1="yes")}, "message 1: loss must be true or false"),
         ({"messages": TWO_TURNS, "tools": "{"}, "tools: not JSON"),
         (

@@ -78,6 +78,24 @@ def test_the_mask_of_a_thinking_turn_is_that_of_trls_training_template(name):
     compare_with_trl(name, THINKING, None, TRL_LABELS_MORE_OF_THINKING[name])
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2_5", "phi3"])
+def test_content_in_parts_is_the_text_of_its_parts(name):
+    template = Template(tokenizer=tokenizer_for(trl_template(name)))
+    cut = [
+        {
+            **m,
+            "content": [{"type": "text", "text": t} for t in (m["content"][:3], m["content"][3:])],
+        }
+        for m in TWO_TURNS
+    ]
+    assert (
+        template.encode({"messages": cut})["labels"]
+        == (template.encode({"messages": TWO_TURNS})["labels"])
+    )
+    prompts = [template.encode({"messages": each[:3]}, True) for each in (cut, TWO_TURNS)]
+    assert prompts[0]["input_ids"] == prompts[1]["input_ids"]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507"])
 def test_the_mask_of_tool_calls_is_that_of_trls_training_template(name):
     more = {**TRL_LABELS_MORE, **TRL_LABELS_MORE_OF_THINKING}[name]

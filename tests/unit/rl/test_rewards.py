@@ -1,5 +1,6 @@
 """Rewards on what models write, and on what they should not be able to break."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -77,6 +78,70 @@ def test_the_truth_may_be_pairs_or_a_dict_or_given_apart():
         GSM8KAccuracyReward()([trajectory], ["5", "6"])
 
 
+@pytest.mark.parametrize(
+    ("answer", "truth", "expected"),
+    [
+        ("3, 4", "34", 0.0),
+        ("4 2", "42", 0.0),
+        ("1_000", "1000", 0.0),
+        ("1,00", "100", 0.0),
+        ("0", "0.000001", 0.0),
+        ("0.000001", "0.0000010000001", 1.0),
+        ("0", "0.0", 1.0),
+        ("0.333333", "0.33333333", 1.0),
+        ("50\\%", "50", 1.0),
+        ("\\$1,234.50", "1234.5", 1.0),
+        ("1{,}000", "1000", 1.0),
+        ("-$5", "-5", 1.0),
+        ("--5", "5", 0.0),
+        ("2e3", "2000", 1.0),
+        ("\u0664\u0662", "42", 0.0),
+    ],
+)
+def test_only_a_number_written_as_one_is_a_number(answer, truth, expected):
+    assert AccuracyReward()([said(f"\\boxed{{{answer}}}", ground_truth=truth)]) == [expected]
+
+
+@pytest.mark.parametrize("tail", ["3, 4", "3,4", "3/4", "3e4", "34,5"])
+def test_more_than_a_number_behind_the_hashes_is_not_its_first_digits(tail):
+    for truth in ("3", "34", "345"):
+        assert GSM8KAccuracyReward()([said(f"#### {tail}", ground_truth=truth)]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>" * 20_000,
+        "<answer>" * 20_000,
+        "</answer>" * 20_000 + "<answer>",
+        "#### " * 20_000,
+        "#" * 100_000,
+        "####" + " " * 100_000,
+        "#### " + "," * 100_000,
+        "#### " + "1," * 50_000,
+        "\\boxed{$" + " " * 100_000 + "x}",
+        "\\boxed{" + "1" * 100_000 + " " * 100_000 + "x}",
+    ],
+)
+@pytest.mark.parametrize(
+    "reward", [FormatReward(), AccuracyReward(), GSM8KFormatReward(), CountdownReward()]
+)
+def test_long_texts_are_read_in_time_that_grows_as_they_do(reward, text):
+    before = time.process_time()
+    reward([said(text, ground_truth="1", nums=[1], target=1)])
+    assert time.process_time() - before < 1.0  # a quadratic search takes many seconds
+
+
+def test_the_last_whole_tag_counts():
+    texts = [
+        "<answer>1</answer><answer>2</answer>",
+        "<answer>2</answer></answer>",
+        "<answer>2</answer><answer>3",
+        "<answer>1 <answer>2</answer>",
+    ]
+    assert AccuracyReward()([said(text, ground_truth="2") for text in texts]) == [1.0] * 4
+
+
 def test_accuracy_reads_an_answer_tag_too():
     assert AccuracyReward()([said("<answer> Paris. </answer>", ground_truth="paris")]) == [1.0]
     assert AccuracyReward()([said("Paris", ground_truth="paris")]) == [0.0]
@@ -109,6 +174,32 @@ def test_gsm8k_format_wants_an_answer_that_can_be_read(text, expected):
 def test_countdown_wants_the_target_from_each_number_once(answer, expected):
     trajectory = said(f"<think>x</think><answer>{answer}</answer>", nums=[25, 3, 7, 4], target=70)
     assert CountdownReward()([trajectory], []) == [expected]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"target": "1e9999999", "nums": [1, 2]},
+        {"target": float("inf"), "nums": [1, 2]},
+        {"target": "3/0", "nums": [1, 2]},
+        {"target": 3, "nums": [float("inf")]},
+        {"target": 3, "nums": [1.9, 2]},
+        {"target": 3, "nums": "12"},
+        {"target": 3, "nums": 12},
+        {"target": 3, "nums": [1, None, 2]},
+        {"target": [3], "nums": [1, 2]},
+    ],
+)
+def test_a_countdown_row_without_a_task_is_worth_nothing(task):
+    before = time.process_time()
+    assert CountdownReward()([said("<answer>1 + 2</answer>", **task)]) == [0.0]
+    assert time.process_time() - before < 1.0
+
+
+@pytest.mark.parametrize("target", [3, 3.0, "3", "6/2", " 3.0 "])
+def test_a_countdown_target_may_be_text_or_a_float(target):
+    row = said("<answer>1 + 2</answer>", nums=[1, 2.0], target=target)
+    assert CountdownReward()([row]) == [1.0]
 
 
 def test_countdown_is_exact():

@@ -60,6 +60,12 @@ def test_every_schedule_of_transformers_is_known():
     assert {name for name in SCHEDULES if not name.endswith("Scheduler")} == CASES.keys()
 
 
+def test_a_count_that_may_be_none_is_none():
+    over = optimizer()
+    options = FULL | {"num_decay_steps": 6, "num_stable_steps": None}
+    assert rates(make_schedule("warmup_stable_decay", over, options), over)[5][0] == LR
+
+
 def test_groups_keep_their_ratio():
     over = optimizer()
     schedule = make_schedule("default", over, {"lr_decay_steps": 10, "max_lr": 1e-3})
@@ -102,6 +108,17 @@ def test_a_schedule_goes_on_bit_for_bit_from_json(name):
         ("default", {"lr_decay_steps": 0}, "positive"),
         ("default", {"lr_decay_steps": 5, "min_lr": 1.0}, "min_lr"),
         ("default", {"lr_decay_steps": 5, "lr_decay_style": "cos"}, "did you mean 'cosine'"),
+        ("default", {"lr_decay_steps": 5, "lr_warmup_steps": 5}, "more than lr_warmup_steps"),
+        ("default", {"lr_decay_steps": 5.5}, "lr_decay_steps must be a whole number"),
+        ("cosine", FULL | {"num_training_steps": None}, "whole number, 0 or more: None"),
+        ("cosine", FULL | {"num_training_steps": "20"}, "whole number, 0 or more: '20'"),
+        ("linear", FULL | {"num_warmup_steps": -1}, "whole number, 0 or more: -1"),
+        ("linear", FULL | {"num_warmup_steps": True}, "whole number, 0 or more: True"),
+        ("warmup_stable_decay", WARM | {"num_decay_steps": 0.5}, "num_decay_steps must be"),
+        ("cosine", FULL | {"num_cycles": "two"}, "no learning rate at step"),
+        ("polynomial", dict.fromkeys(FULL, 5), "no learning rate at step 5"),
+        ("inverse_sqrt", WARM | {"timescale": -3}, "learning rate at step"),
+        ("polynomial", FULL | {"power": float("nan")}, "by nan"),
     ],
 )
 def test_a_wrong_schedule_is_refused_and_no_rate_has_changed(name, options, words):

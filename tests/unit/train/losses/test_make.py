@@ -52,6 +52,20 @@ def test_a_class_takes_its_options():
     assert loss == GRPOLoss(epsilon=0.3, beta=0.1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needy(GRPOLoss):
+    """A loss with an option that has no default."""
+
+    weight: float
+
+
+def test_an_option_without_a_default_is_asked_for():
+    for options in ({}, {"beta": 0.1}):
+        with pytest.raises(ConfigError, match="loss Needy needs the option 'weight'"):
+            make_loss(Needy, options)
+    assert make_loss(Needy, {"weight": 2.0}).weight == 2.0
+
+
 def test_an_instance_is_taken_as_it_is_and_takes_no_options():
     loss = GRPOLoss()
     assert make_loss(loss) is loss
