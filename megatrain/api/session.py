@@ -1,5 +1,6 @@
 """Join the other ranks, once per process: what `initialize` sets up and a model then uses."""
 
+import gc
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,11 @@ def shutdown() -> None:
     if _session is not None:
         from megatrain.parallel.groups import destroy_groups  # noqa: PLC0415 - slow import
 
+        _session = None
+        # Models are full of cycles, and each that is not collected keeps its groups' threads.
+        gc.collect()
         destroy_groups()
-    _session = None
+        gc.collect()
 
 
 def current_session() -> Session:

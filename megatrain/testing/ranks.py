@@ -5,6 +5,7 @@ as long as the pool.  A task is a top-level function `f(rank, *args)` named as `
 arguments and results are what multiprocessing can send between processes of one test run.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -93,6 +94,8 @@ def _serve(pipe: Connection) -> None:
     import torch  # noqa: PLC0415 - preloaded in the fork server
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what was imported before the fork need not be looked at after every task
     while True:
         try:
             name, rank, mesh, store, seed, args = pipe.recv()
