@@ -18,17 +18,6 @@ CASES = {
         "LayoutError",
         "world=1.*product 2",
     ),
-    "a model of nothing, which joins by itself": (
-        "megatrain.MegatronModel('/nowhere')",
-        "CheckpointError",
-        "/nowhere",
-    ),
-    "another mesh than the session's": (
-        "megatrain.initialize(platform='cpu'); "
-        "megatrain.MegatronModel('/nowhere', device_mesh=megatrain.DeviceMesh(tp=2))",
-        "ConfigError",
-        "tp2",
-    ),
     "an unknown name": ("megatrain.initialise()", "AttributeError", "initialise"),
 }
 
