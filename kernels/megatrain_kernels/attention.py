@@ -11,7 +11,7 @@ from torch import Tensor
 from megatrain_kernels.segments import Segment
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0913 - every setting of one softmax
     q_THD: Tensor,
     k_SGD: Tensor,
     v_SGV: Tensor,
@@ -20,17 +20,21 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return softmax(scale * q k^T) v per segment, shape (T, H, V), through torch's SDPA.
 
     `window` counts the keys before the query that it still sees (None: all of them).  `sinks_H`
-    holds a logit per head that takes part in the softmax and has no value.
+    holds a logit per head that takes part in the softmax and has no value.  `softcap` c makes a
+    logit x to c * tanh(x / c), which SDPA has not: such attention is written out.
     """
     # Split, not sliced one by one: the gradient of a slice is as long as the whole.
     queries = q_THD.split([s.num_queries for s in segments])
     keys, values = (_per_segment(x, segments) for x in (k_SGD, v_SGV))
     out = [
         _segment_attention(q, k, v, scale, window, sinks_H)
+        if softcap is None
+        else _capped_attention(q, k, v, scale, window, sinks_H, softcap)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(out) if len(out) > 1 else out[0]
@@ -70,6 +74,29 @@ def _segment_attention(
     return out[0].transpose(0, 1)
 
 
+def _capped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """Return the attention of one segment with soft-capped logits; softmax in float32."""
+    groups = k.shape[1]
+    q_TGRD = q.unflatten(1, (groups, -1))
+    logits = torch.einsum("tgrd,sgd->grts", q_TGRD, k).float() * scale
+    logits = softcap * torch.tanh(logits / softcap)
+    mask = visible(q.shape[0], k.shape[0], window, device=q.device)
+    logits = logits.masked_fill(~mask, float("-inf"))
+    if sinks_H is not None:
+        sink = sinks_H.float().view(groups, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+    weights = logits.softmax(-1)[..., : k.shape[0]].to(v.dtype)
+    return torch.einsum("grts,sgv->tgrv", weights, v).flatten(1, 2)
+
+
 def visible(num_queries: int, num_keys: int, window: int | None, *, device: torch.device) -> Tensor:
     """Return a boolean mask (num_queries, num_keys): the last query is at the last key."""
     last = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
@@ -90,7 +117,7 @@ def _with_sink(
     return k, v, torch.cat([bias.expand(heads, -1, -1), sink], -1).unsqueeze(0)
 
 
-def packed_attention_reference(
+def packed_attention_reference(  # noqa: PLR0913 - the same
     q_THD: Tensor,
     k_SGD: Tensor,
     v_SGV: Tensor,
@@ -99,6 +126,7 @@ def packed_attention_reference(
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Define packed_attention: one softmax per query and head, written out, in float32."""
     repeats = q_THD.shape[1] // k_SGD.shape[1]
@@ -110,6 +138,8 @@ def packed_attention_reference(
             keys = slice(s.k_start + first, s.k_start + last + 1)
             k, v = (x[keys].repeat_interleave(repeats, 1).float() for x in (k_SGD, v_SGV))
             logits = scale * torch.einsum("hd,khd->hk", q_THD[s.q_start + i].float(), k)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
             if sinks_H is not None:
                 logits = torch.cat([logits, sinks_H.float().unsqueeze(1)], 1)
             weights = logits.softmax(-1)[:, : v.shape[0]]

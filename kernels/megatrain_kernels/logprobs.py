@@ -6,6 +6,7 @@ number per rank and token.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,20 @@ LogitsFunction = Callable[[Tensor], Tensor]
 def chunk_size(vocabulary_shard: int) -> int:
     """Return how many tokens to take at a time."""
     return max(16, LOGITS_PER_CHUNK // max(1, vocabulary_shard))
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Return cap * tanh(logits / cap), in float32: no logit is larger than the cap."""
+    return torch.tanh(logits.float() / cap) * cap
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What a frozen head must know beside its weight."""
+
+    num_real: int
+    group: dist.ProcessGroup | None
+    cap: float | None
 
 
 def _combine(
@@ -57,7 +72,7 @@ class _FrozenHead(torch.autograd.Function):
 
     d log p_t / d h_t = W[target_t] - sum_v p_tv W[v] does not depend on the loss, so it is formed
     while the chunk's logits are at hand; backward only scales it.  Two matrix products a chunk
-    instead of three.
+    instead of three.  A cap on logits gives each W[v] the factor 1 - tanh(logit_tv / cap)^2.
     """
 
     @staticmethod
@@ -67,22 +82,26 @@ class _FrozenHead(torch.autograd.Function):
         weight_VH: Tensor,
         rows_T: Tensor,
         here_T: Tensor,
-        num_real: int,
-        group: dist.ProcessGroup | None,
+        vocabulary: _Vocabulary,
     ) -> tuple[Tensor, Tensor]:
-        size = chunk_size(weight_VH.shape[0])
+        size, cap = chunk_size(weight_VH.shape[0]), vocabulary.cap
         needs_grad = ctx.needs_input_grad[0]
         logps, is_top, jacobians = [], [], []
         for start in range(0, hidden_TH.shape[0], size):
             chunk = slice(start, start + size)
             h, r, i = hidden_TH[chunk], rows_T[chunk].unsqueeze(1), here_T[chunk].unsqueeze(1)
-            logits = (h @ weight_VH.T).float()
-            logits[:, num_real:] = float("-inf")
+            logits, slope = (h @ weight_VH.T).float(), None
+            if cap is not None:
+                logits = logits.div_(cap).tanh_()
+                slope = 1 - logits.square() if needs_grad else None
+                logits.mul_(cap)
+            logits[:, vocabulary.num_real :] = float("-inf")
             target = logits.gather(1, r).masked_fill(~i, 0.0)
             # A shard may be padding alone, and -inf - -inf is no number.
             top = logits.amax(1).clamp_min_(torch.finfo(torch.float32).min)
             p = logits.sub_(top.unsqueeze(1)).exp_()
-            lse, target, largest = _combine(top + p.sum(1).log(), target, top, group)
+            lse = top + p.sum(1).log()
+            lse, target, largest = _combine(lse, target, top, vocabulary.group)
             logps.append(target.squeeze(1) - lse)
             is_top.append(target.squeeze(1) >= largest)
             if not needs_grad:
@@ -91,6 +110,8 @@ class _FrozenHead(torch.autograd.Function):
             # the product: after it, half precision would lose what a confident token has left.
             p.mul_((top - lse).exp_().neg_().unsqueeze(1))
             p.scatter_add_(1, r, i.float())
+            if slope is not None:
+                p.mul_(slope)  # of the capped logit by the logit, which the weight gives
             jacobians.append(p.to(weight_VH.dtype) @ weight_VH)
         if needs_grad:
             ctx.save_for_backward(torch.cat(jacobians))
@@ -99,10 +120,10 @@ class _FrozenHead(torch.autograd.Function):
         return torch.cat(logps), tops
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (jacobian_TH,) = ctx.saved_tensors
         grad = grads[0].unsqueeze(1).to(jacobian_TH.dtype) * jacobian_TH
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None
 
 
 class _CombineOverVocabulary(torch.autograd.Function):
@@ -136,17 +157,20 @@ def frozen_head_logprobs(
     first_row: int = 0,
     num_real: int | None = None,
     group: dist.ProcessGroup | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden W^T)[target] and whether no token is likelier.
 
-    Float32 (T,) and bool (T,).  Collective over `group`.
+    Float32 (T,) and bool (T,).  Collective over `group`.  With a `cap`, logits go through
+    `soft_cap` first.
     `first_row` is the vocabulary index of the shard's first row; rows from `num_real` on are
     padding.  The gradient for `hidden_TH` is this shard's part: the caller sums it over `group`.
     """
     num_rows = weight_VH.shape[0]
     num_real = num_rows if num_real is None else num_real
     rows, here = _local_targets(targets_T, first_row, num_rows)
-    logps, is_top = _FrozenHead.apply(hidden_TH, weight_VH, rows, here, num_real, group)
+    vocabulary = _Vocabulary(num_real, group, cap)
+    logps, is_top = _FrozenHead.apply(hidden_TH, weight_VH, rows, here, vocabulary)
     return logps, is_top
 
 

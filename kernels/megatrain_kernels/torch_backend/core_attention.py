@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from megatrain_kernels.attention import packed_attention
@@ -79,6 +82,8 @@ class TorchCoreAttention(torch.nn.Module):
             config.window_size, config.window_attn_skip_freq, layer_number
         )
         self.window = config.window_size[0] if windowed else None
+        self.softcap: float | None = None
+        """Bound of the logits, where a family has one."""
         self._make_sinks()
 
     def _make_sinks(self) -> None:
@@ -92,6 +97,25 @@ class TorchCoreAttention(torch.nn.Module):
             self.register_buffer("softmax_offset", zeros, persistent=False)
         elif kind != "vanilla":
             raise ValueError(f"the torch back end does not know softmax_type={kind!r}")
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return Megatron's description of the sinks, split over heads, in a checkpoint."""
+        if not isinstance(self.softmax_offset, torch.nn.Parameter):
+            return {}
+        result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset},
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return result
 
     def forward(
         self,
@@ -123,7 +147,14 @@ class TorchCoreAttention(torch.nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pieces: tuple[Segment, ...]) -> Tensor:
         return packed_attention(
-            q, k, v, pieces, scale=self.scale, window=self.window, sinks_H=self.softmax_offset
+            q,
+            k,
+            v,
+            pieces,
+            scale=self.scale,
+            window=self.window,
+            sinks_H=self.softmax_offset,
+            softcap=self.softcap,
         )
 
     def _unpacked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatrain_kernels.grouped import grouped_linear
+from megatrain_kernels.torch_backend.grouped_checkpoint import sharded_experts
 from megatrain_kernels.torch_backend.norms import _current_device
 
 
@@ -71,6 +72,7 @@ class _TorchGroupedLinear(torch.nn.Module):
         super().__init__()
         self.num_gemms, self.use_bias, self.skip_bias_add = num_gemms, bias, skip_bias_add
         self.config, self.tp_group = config, pg_collection.expt_tp
+        self._groups = pg_collection
         size = self.tp_group.size()
         rows, columns = output_size, input_size
         if self.partition_dim == 0:
@@ -87,6 +89,15 @@ class _TorchGroupedLinear(torch.nn.Module):
         parameter.tensor_model_parallel = True
         parameter.partition_dim = self.partition_dim
         self.register_parameter(name, parameter)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return Megatron's description of each expert's tensors in a distributed checkpoint."""
+        return sharded_experts(self, self._groups, prefix, sharded_offsets, metadata)
 
     def forward(self, x: Tensor, m_splits: Sequence[int]) -> tuple[Tensor, list[Tensor] | None]:
         """Return every expert's product over its tokens, and biases if they are added later."""

@@ -14,13 +14,18 @@ from megatrain_kernels.torch_backend.activation import (
     weighted_bias_swiglu_impl,
 )
 from megatrain_kernels.torch_backend.core_attention import TorchCoreAttention
+from megatrain_kernels.torch_backend.delta_net import use_torch_delta_net
+from megatrain_kernels.torch_backend.gemma import TorchGemma2Attention, TorchGemma3Attention
+from megatrain_kernels.torch_backend.latent import TorchQKNormConfigResolver
 from megatrain_kernels.torch_backend.linears import (
     TorchColumnParallelGroupedLinear,
     TorchLinear,
     TorchRowParallelGroupedLinear,
 )
 from megatrain_kernels.torch_backend.norms import TorchLayerNormColumnParallelLinear, TorchNorm
+from megatrain_kernels.torch_backend.post_norm import TorchRowParallelLinearLayerNorm
 from megatrain_kernels.torch_backend.rotary import packed_rotary
+from megatrain_kernels.torch_backend.split_norm import TorchFullDimRMSNorm, TorchHeadsNorm
 
 REPLACEMENTS: dict[str, type] = {
     "TENorm": TorchNorm,
@@ -28,19 +33,28 @@ REPLACEMENTS: dict[str, type] = {
     "TEColumnParallelLinear": ColumnParallelLinear,
     "TERowParallelLinear": RowParallelLinear,
     "TEDotProductAttention": TorchCoreAttention,
+    "DotProductAttention": TorchCoreAttention,
     "TELinear": TorchLinear,
     "TEColumnParallelGroupedLinear": TorchColumnParallelGroupedLinear,
     "TERowParallelGroupedLinear": TorchRowParallelGroupedLinear,
     "LayerNormImpl": TorchNorm,
     "LNImpl": TorchNorm,
     "WrappedTorchNorm": TorchNorm,
+    "TERowParallelLinearLayerNorm": TorchRowParallelLinearLayerNorm,
+    "Gemma2FlexDotProductAttention": TorchGemma2Attention,
+    "Gemma3TEDotProductAttention": TorchGemma3Attention,
+    "_FullDimRMSNorm": TorchFullDimRMSNorm,
+    "QKNormConfigResolver": TorchQKNormConfigResolver,
 }
-"""What stands for each of Transformer Engine's classes where a specification names it."""
+"""What stands for each of Transformer Engine's classes where a specification names it, and for
+classes of Megatron-Bridge that need it or know no packed sequences."""
 
 PARALLELISM = {
     "TorchColumnParallelGroupedLinear": "column",
     "TorchRowParallelGroupedLinear": "row",
     "TorchCoreAttention": "column",
+    "TorchFullDimRMSNorm": "column",
+    "TorchRowParallelLinearLayerNorm": "row",
     "TorchLinear": "replicated",
 }
 """How Bridge is to split each class's parameters; classes with Norm in their name it knows."""
@@ -121,8 +135,31 @@ def use_torch_backend() -> None:
     attention = sys.modules["megatron.core.transformer.attention"].__dict__
     if not hasattr(attention["apply_rotary_pos_emb"], "is_packed"):
         attention["apply_rotary_pos_emb"] = packed_rotary(attention["apply_rotary_pos_emb"])
+    _norm_over_all_heads()
+    use_torch_delta_net()
     for name, parallelism in PARALLELISM.items():
         AutoMapping.register_module_type(name, parallelism)
+
+
+def _norm_over_all_heads() -> None:
+    """Let OLMoE's layers norm q and k over the heads of all TP ranks."""
+    module = sys.modules.get("megatron.bridge.models.olmoe.olmoe_provider")
+    if module is None or hasattr(module.__dict__["olmoe_layer_spec"], "over_all_heads"):
+        return
+    original = module.__dict__["olmoe_layer_spec"]
+
+    def olmoe_layer_spec(config: Any) -> Any:
+        spec = original(config)
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = TorchHeadsNorm
+        return spec
+
+    vars(olmoe_layer_spec)["over_all_heads"] = True
+    for owner in list(sys.modules.values()):
+        if getattr(owner, "__name__", "").startswith("megatron.bridge.models.olmoe"):
+            owner.__dict__.update(
+                {k: olmoe_layer_spec for k, v in owner.__dict__.items() if v is original}
+            )
 
 
 def _provide_specifications() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatrain_kernels.logprobs import frozen_head_logprobs, logprobs
+from megatrain_kernels.logprobs import frozen_head_logprobs, logprobs, soft_cap
 
 T, H, V = 23, 8, 45
 
@@ -24,7 +24,7 @@ def weighted_sum(logps: Tensor) -> Tensor:
     return (logps * torch.linspace(-1, 2, len(logps))).sum()
 
 
-def sharded_logprobs(head: str) -> dict[str, Any]:
+def sharded_logprobs(head: str, cap: float | None) -> dict[str, Any]:
     """Return log-probabilities and gradients from this rank's rows, the last shard padded."""
     hidden, weight, targets = make_problem()
     group = dist.group.WORLD
@@ -35,9 +35,13 @@ def sharded_logprobs(head: str) -> dict[str, Any]:
     shard[: len(mine)] = mine
     place = {"first_row": first, "num_real": len(mine), "group": group}
     if head == "frozen":
-        logps, is_top = frozen_head_logprobs(hidden, shard, targets, **place)
+        logps, is_top = frozen_head_logprobs(hidden, shard, targets, cap=cap, **place)
     else:
         shard.requires_grad_()
-        logps, is_top = logprobs(hidden, lambda h: h @ shard.T, targets, num_rows=rows, **place)
+
+        def logits_of(h: Tensor) -> Tensor:
+            return h @ shard.T if cap is None else soft_cap(h @ shard.T, cap)
+
+        logps, is_top = logprobs(hidden, logits_of, targets, num_rows=rows, **place)
     weighted_sum(logps).backward()
     return {"logps": logps.detach(), "is_top": is_top, "hidden": hidden.grad, "weight": shard.grad}

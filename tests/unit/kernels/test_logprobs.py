@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatrain_kernels import logprobs as module
-from megatrain_kernels.logprobs import chunk_size, frozen_head_logprobs, logprobs
+from megatrain_kernels.logprobs import chunk_size, frozen_head_logprobs, logprobs, soft_cap
 
 T, H, V = 37, 16, 51
 TOLERANCE = 2e-6
@@ -59,6 +59,36 @@ def test_rows_of_padding_take_no_part(problem):
     assert_same(value_and_gradient(frozen, hidden), expected)
     general, _ = logprobs(hidden, lambda h: h @ padded.T, targets, num_rows=V + 13, num_real=V)
     assert_same(value_and_gradient(general, hidden), expected)
+
+
+CAP = 3.0
+"""Logits here reach 12: some are far beyond it, where the slope is nearly nothing."""
+
+
+def capped(hidden, weight, targets):
+    logits = torch.tanh(hidden @ weight.T / CAP) * CAP
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [5, 1000])
+@pytest.mark.parametrize("padding", [0, 13])
+def test_a_cap_on_logits_is_in_values_and_gradients(
+    problem, monkeypatch, tokens_per_chunk, padding
+):
+    hidden, weight, targets = problem
+    weight.requires_grad_()
+    monkeypatch.setattr(module, "chunk_size", lambda rows: tokens_per_chunk)
+    expected = value_and_gradient(capped(hidden, weight, targets), hidden, weight)
+    uncapped = value_and_gradient(naive(hidden, weight, targets), hidden, weight)
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(expected, uncapped, strict=True))
+
+    padded = torch.cat([weight, torch.full((padding, H), 50.0)])
+    frozen, _ = frozen_head_logprobs(hidden, padded.detach(), targets, num_real=V, cap=CAP)
+    assert_same(value_and_gradient(frozen, hidden), expected[:2])
+    general, _ = logprobs(
+        hidden, lambda h: soft_cap(h @ padded.T, CAP), targets, num_rows=V + padding, num_real=V
+    )
+    assert_same(value_and_gradient(general, hidden, weight), expected)
 
 
 def test_without_gradients_nothing_is_kept(problem):

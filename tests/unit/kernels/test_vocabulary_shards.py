@@ -12,14 +12,18 @@ pytestmark = pytest.mark.multiprocess
 
 @pytest.mark.parametrize("head", ["frozen", "general"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_shards_together_give_log_softmax_and_its_gradients(size, head, ranks):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_shards_together_give_log_softmax_and_its_gradients(size, head, cap, ranks):
     hidden, weight, targets = make_problem()
-    logps = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
+    logits = hidden @ weight.T
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    logps = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
     gradients = torch.autograd.grad(weighted_sum(logps), [hidden, weight])
-    reports = ranks.run(shard_tasks.sharded_logprobs, DeviceMesh(tp=size), head)
+    reports = ranks.run(shard_tasks.sharded_logprobs, DeviceMesh(tp=size), head, cap)
     for report in reports:
         torch.testing.assert_close(report["logps"], logps.detach(), rtol=1e-6, atol=2e-6)
-        assert torch.equal(report["is_top"], (hidden @ weight.T).argmax(-1) == targets)
+        assert torch.equal(report["is_top"], logits.argmax(-1) == targets)
     # Each rank's gradient for the hidden states is its shard's part; the caller adds them up.
     summed = sum(report["hidden"] for report in reports)
     torch.testing.assert_close(summed, gradients[0], rtol=1e-6, atol=2e-6)
