@@ -1,6 +1,6 @@
 """What crosses a layer: small frozen values.  No torch, no processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -50,6 +50,16 @@ class LazyRow(Protocol):
     """Length of input_ids."""
     num_labels: int
     """Labels that are predicted."""
+    numbers: Collection[str]
+    """Names of its columns that are made of numbers, which a loss may take."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A global batch whose loader can read what this rank needs of the batches after it."""
+
+    def read_ahead(self, choose: Callable[[Sequence[int]], Sequence[int]]) -> None:
+        """Take what says, from the lengths of a batch's rows, which of them this rank reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +80,5 @@ class StepOutput:
     """Means over this call of what the loss reports, token_accuracy among them."""
     counts: Mapping[str, float] = field(default_factory=dict)
     """How many numbers each of those is a mean over."""
+    squares: float = 0.0
+    """Sum of the squared lengths of this call's sequences: what attention costs."""

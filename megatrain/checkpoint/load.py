@@ -27,33 +27,78 @@ def load_parameters(table: ParameterTable, source: SafetensorsFolder) -> None:
 
     Raises CheckpointError for a missing tensor, a wrong shape, or a shard that cannot be read.
     """
+    source = table.plain(source)
     show = table.groups.rank == 0 and len(source) > 1000
     for parameter in tqdm(table.parameters, desc="loading", disable=not show):
-        _load(table, parameter, source)
-    _check_claimed(table, source)
+        load_parameter(table, parameter, source)
+    check_claimed(table, source)
 
 
-QUANTIZED = ("_scale_inv", "_scales", "_blocks")
-"""Endings of tensors that belong to a quantised one, which the family's bridge knows of."""
+ROWS = 8192
+"""Of a head and an embedding, compared at a time."""
 
 
-def _check_claimed(table: ParameterTable, source: SafetensorsFolder) -> None:
+def check_claimed(table: ParameterTable, source: SafetensorsFolder) -> None:
     """Raise CheckpointError for a kind of tensor that no mapping reads: a bias, say."""
     kinds = {re.sub(r"\d+", "*", name): name for name in source}
     unclaimed = [
         name
         for name in kinds.values()
-        if not name.endswith(".rotary_emb.inv_freq")
-        and not any(table.claims(name.removesuffix(end)) for end in ("", *QUANTIZED))
+        if not name.endswith(".rotary_emb.inv_freq") and not table.claims(name)
     ]
     if unclaimed:
         raise CheckpointError(
             f"the family's bridge reads no tensor like {', '.join(sorted(unclaimed)[:5])}",
             hint="the model would compute something else without it; see bridges/README.md",
         )
+    _check_layers(table, source)
+    _check_tied(table, source)
 
 
-def _load(table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder) -> None:
+def _check_layers(table: ParameterTable, source: SafetensorsFolder) -> None:
+    """Raise CheckpointError if the file has layers that the configuration does not count."""
+    config = getattr(table.hf_config, "text_config", None) or table.hf_config
+    more = getattr(config, "num_nextn_predict_layers", None) or 0
+    count = int(config.num_hidden_layers) + int(more)
+    found = {
+        int(layer[1])
+        for name in source
+        if (layer := re.match(r"(?:\w+\.){0,2}layers\.(\d+)\.", name))
+    }
+    if beyond := sorted(layer for layer in found if layer >= count):
+        raise CheckpointError(
+            f"the checkpoint has layers {beyond[:5]}, but config.json counts {count}",
+            hint="the checkpoint does not fit its config.json",
+        )
+
+
+def _check_tied(table: ParameterTable, source: SafetensorsFolder) -> None:
+    """Raise CheckpointError if the file has a head of its own though the two are to be one."""
+    head = "lm_head.weight"
+    embedding = next((name for name in source if name.endswith("embed_tokens.weight")), None)
+    if not table.is_tied or head not in source or embedding is None:
+        return
+    one, other = source.slice(head), source.slice(embedding)
+    rows = source.shape(head)[0]
+    same = source.shape(head) == source.shape(embedding) and all(
+        torch.equal(one[first : first + ROWS], other[first : first + ROWS])
+        for first in range(0, rows, ROWS)
+    )
+    if not same:
+        raise CheckpointError(
+            f"config.json says that head and embedding are one, but {head} is not {embedding}",
+            hint="Transformers takes the two apart then; set tie_word_embeddings to false",
+        )
+
+
+def load_parameter(
+    table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder
+) -> None:
+    """Read one parameter of this rank.  No communication.
+
+    Raises CheckpointError as load_parameters does.
+    """
+    source = table.plain(source)
     kind = parallel_kind(parameter)
     if kind == "special" or _rewrites_weights(table):
         value = _convert(table, parameter, source)
@@ -78,13 +123,21 @@ def _convert(
         ) from error
 
 
+ONLY_DEQUANTIZE = ("DeepSeekV3Bridge", "MiniMaxM2Bridge")
+"""Bridges that change loaded weights to dequantise them and for no other reason."""
+
+
 def _rewrites_weights(table: ParameterTable) -> bool:
     from megatron.bridge.models.conversion.model_bridge import (  # noqa: PLC0415 - patched first
         MegatronModelBridge,
     )
 
-    theirs = type(table._bridge).maybe_modify_loaded_hf_weight
-    return theirs is not MegatronModelBridge.maybe_modify_loaded_hf_weight
+    bridge = type(table._bridge)
+    rewrites = (
+        bridge.maybe_modify_loaded_hf_weight
+        is not MegatronModelBridge.maybe_modify_loaded_hf_weight
+    )
+    return rewrites and bridge.__name__ not in ONLY_DEQUANTIZE
 
 
 def _read_rows(table: ParameterTable, parameter: LocalParameter, source: SafetensorsFolder) -> None:
@@ -110,14 +163,14 @@ def _read_rows(table: ParameterTable, parameter: LocalParameter, source: Safeten
 
 def _copy_runs(target: torch.Tensor, part: Part, source: SafetensorsFolder) -> None:
     view: Any = source.slice(part.hf_name)
-    for start, stop in _runs(part.rows, part.places):
+    for start, stop in runs(part.rows, part.places):
         rows = slice(int(part.rows[start]), int(part.rows[stop - 1]) + 1)
         place = int(part.places[start])
         target[place : place + stop - start].copy_(view[rows])
 
 
-def _runs(rows: Rows, places: Rows) -> list[tuple[int, int]]:
-    """Cut an index into runs that are consecutive on both sides."""
+def runs(rows: Rows, places: Rows) -> list[tuple[int, int]]:
+    """Return ranges [start, stop) over which two indices are consecutive, both of them."""
     if not len(rows):
         return []
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(places) != 1)) + 1

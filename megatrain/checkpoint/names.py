@@ -3,11 +3,10 @@
 AutoBridge's mapping registry is the source.  Loading, LoRA targets and PEFT names derive from it.
 """
 
-import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,17 +16,29 @@ import torch
 from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
     ColumnParallelMapping,
+    ConcatenatedQKVMapping,
     GatedMLPMapping,
-    MegatronParamMapping,
+    GDNLinearMapping,
+    GDNLinearMappingSeparate,
     QKVMapping,
     ReplicatedMapping,
     RowParallelMapping,
     merge_qkv_biases,
 )
+from megatron.bridge.models.ernie.ernie_45_bridge import (
+    _PPSafeAutoMapping,
+    _PPSafeGatedMLPMapping,
+    _PPSafeReplicatedMapping,
+)
+from megatron.bridge.models.minimax_m2.minimax_m2_bridge import _FullDimQKNormMapping
 
+from megatrain.checkpoint.alone import Alone, every_rank_is_the_first
+from megatrain.checkpoint.delta_net_rows import delta_net_rows
+from megatrain.checkpoint.quantized import plain_shapes, plain_tensors
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
 from megatrain.errors import CheckpointError
 from megatrain.parallel.groups import Groups
+from megatrain_bridges.concatenated import ConcatenatedGatedMLPMapping
 
 Rows = npt.NDArray[np.int64]
 
@@ -67,19 +78,6 @@ class Part:
     """Rows of the whole Hugging Face parameter (for a tensor of experts: of one expert)."""
 
 
-class _Alone:
-    """A process group of which this rank is, for a mapping's eyes, the first."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return 0
-
-
 def parallel_kind(parameter: LocalParameter) -> str:
     """Return column, row or replicated as AutoMapping sees the module, or `special`."""
     mapping = parameter.mapping
@@ -87,12 +85,19 @@ def parallel_kind(parameter: LocalParameter) -> str:
         ColumnParallelMapping: "column",
         QKVMapping: "column",
         GatedMLPMapping: "column",
+        ConcatenatedQKVMapping: "column",
+        ConcatenatedGatedMLPMapping: "column",
+        GDNLinearMapping: "column",
+        GDNLinearMappingSeparate: "column",
+        _FullDimQKNormMapping: "column",
+        _PPSafeGatedMLPMapping: "column",
+        _PPSafeReplicatedMapping: "replicated",
         RowParallelMapping: "row",
         ReplicatedMapping: "replicated",
     }
     if type(mapping) in exact:
         return exact[type(mapping)]
-    if type(mapping) is AutoMapping and mapping.permute_dims is None:
+    if type(mapping) in (AutoMapping, _PPSafeAutoMapping) and mapping.permute_dims is None:
         return str(mapping._detect_parallelism_type(parameter.module))
     return "special"
 
@@ -108,24 +113,26 @@ class ParameterTable:
         hf_shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.groups = groups
-        self.hf_shapes = hf_shapes
-        """Of every Hugging Face parameter of the whole model."""
+        self._places: dict[Any, tuple[torch.Tensor, ...]] = {}
+        hf_pretrained = auto_bridge.hf_pretrained
+        self.hf_config: Any = getattr(hf_pretrained, "config", hf_pretrained)
+        self.hf_shapes = plain_shapes(self.hf_config, hf_shapes)
+        """Of every Hugging Face parameter of the whole model, dequantised where it is not."""
         config: Any = chunks[0].config
         self._config = config
         self._bridge = auto_bridge._model_bridge
-        self._bridge.hf_pretrained = auto_bridge.hf_pretrained
-        self._bridge.hf_config = getattr(
-            auto_bridge.hf_pretrained, "config", auto_bridge.hf_pretrained
-        )
+        self._bridge.hf_pretrained = hf_pretrained
+        self._bridge.hf_config = self.hf_config
         self._registry = self._bridge.mapping_registry()
         self._registry.set_process_groups_from_pg_collection(
             SimpleNamespace(
-                tp=_Alone(groups.mesh.tp),
-                expt_tp=_Alone(groups.mesh.etp),
-                pp=_Alone(1),
-                ep=_Alone(1),
+                tp=Alone(groups.mesh.tp),
+                expt_tp=Alone(groups.mesh.etp),
+                pp=Alone(1),
+                ep=Alone(1),
             )
         )
+        self._view: tuple[SafetensorsFolder, SafetensorsFolder] | None = None
         self.vocab_size = int(config.vocab_size)
         self.is_tied = bool(getattr(chunks[0], "share_embeddings_and_output_weights", False))
         self.parameters = [p for i, chunk in enumerate(chunks) for p in self._of_chunk(i, chunk)]
@@ -163,6 +170,12 @@ class ParameterTable:
             first = collection.ep.rank() * (self._config.num_moe_experts // mesh.ep)
             name = f"{name[: expert.start(2)]}{first + int(expert.group(2))}"
         return name
+
+    def plain(self, source: SafetensorsFolder) -> SafetensorsFolder:
+        """Return a checkpoint's plain tensors: itself, or a view that dequantises."""
+        if self._view is None or self._view[0] is not source:
+            self._view = (source, plain_tensors(self.hf_config, source))
+        return self._view[1]
 
     def tp_place(self, parameter: LocalParameter) -> tuple[int, int]:
         """Return (rank, size) of the tensor parallel group that splits this parameter."""
@@ -241,6 +254,42 @@ class ParameterTable:
         rows = rows[:, 0].numpy()
         return Part(name, rows, np.arange(len(rows)), len(rows))
 
+    def expert_places(
+        self, parameter: LocalParameter, name: str
+    ) -> tuple[int, tuple[torch.Tensor, ...]]:
+        """Return which expert of a Hugging Face tensor (E, ...) a parameter is, and where.
+
+        `tensor[expert][places]` has the parameter's shape: indices that broadcast.  One rank must
+        hold the whole model.  Raises CheckpointError if the mapping does more than choose an
+        expert and move whole rows and columns.
+        """
+        shape, first = self.hf_shape(name), self._of_first_expert(parameter)
+        key = (type(parameter.mapping), shape, re.sub(r"\d+", "*", name))
+        if key not in self._places:
+            labels = []
+            for dim in range(1, len(shape)):
+                view = [1] * len(shape)
+                view[dim] = -1
+                given = torch.arange(shape[dim]).view(view).expand(1, *shape[1:])
+                weights = self._bridge.maybe_modify_loaded_hf_weight(name, {name: given})
+                labels.append(self._run_mapping(first, weights, dtype=torch.int64))
+            self._places[key] = tuple(_line(label, parameter, name) for label in labels)
+        return _number_of(parameter), self._places[key]
+
+    def _of_first_expert(self, parameter: LocalParameter) -> LocalParameter:
+        """Return the same parameter as if its expert were the first: its mapping takes (1, ...)."""
+        name = re.sub(r"\d+$", "0", parameter.global_name)
+        return replace(parameter, mapping=self._registry.megatron_to_hf_lookup(name))
+
+    def _is_one_of_all(self, parameter: LocalParameter) -> bool:
+        """Tell whether a Hugging Face tensor holds this expert among all others."""
+        name = parameter.mapping.hf_param
+        if not parameter.is_expert or not isinstance(name, str) or name not in self.hf_shapes:
+            return False
+        return self.hf_shapes[name][0] == self._config.num_moe_experts and not re.search(
+            r"\.experts\.\d+\.", name
+        )
+
     def _fuse(self, parameter: LocalParameter, labels: list[torch.Tensor]) -> torch.Tensor:
         """Return which label each local row gets; -1 for padding."""
         mapping = parameter.mapping
@@ -248,21 +297,34 @@ class ParameterTable:
         if isinstance(mapping, GatedMLPMapping):
             given = dict(zip(mapping.hf_param, labels, strict=True))
             return self._run_mapping(parameter, given, dtype=torch.int64)
+        if isinstance(mapping, ConcatenatedGatedMLPMapping):
+            return self._run_mapping(parameter, labels[0], dtype=torch.int64)
         whole = labels[0]
+        if isinstance(mapping, GDNLinearMapping | GDNLinearMappingSeparate):
+            whole = delta_net_rows(self._config, labels, tp_size=size)
+        if isinstance(mapping, ConcatenatedQKVMapping):
+            whole = merge_qkv_biases(self._config, *_queries_keys_values(self._config, whole))
         if isinstance(mapping, QKVMapping):
             whole = merge_qkv_biases(self._config, *labels)
         return _rows_of_rank(whole, rank, size, parameter.parameter.shape[0])
 
     def convert(self, parameter: LocalParameter, source: SafetensorsFolder) -> torch.Tensor:
         """Return this rank's value of any parameter by running its mapping on whole tensors."""
-        weights = self._bridge.maybe_modify_loaded_hf_weight(parameter.mapping.hf_param, source)
+        name = parameter.mapping.hf_param
+        if self._is_one_of_all(parameter):
+            number = _number_of(parameter)
+            given: Any = {name: source.slice(name)[number : number + 1]}
+            parameter = self._of_first_expert(parameter)
+        else:
+            given = source
+        weights = self._bridge.maybe_modify_loaded_hf_weight(name, given)
         return self._run_mapping(parameter, weights, dtype=parameter.parameter.dtype)
 
     def _run_mapping(
         self, parameter: LocalParameter, weights: Any, *, dtype: torch.dtype
     ) -> torch.Tensor:
         rank, _ = self.tp_place(parameter)
-        with _every_rank_is_the_first(rank, dtype):
+        with every_rank_is_the_first(rank, dtype):
             result: torch.Tensor = parameter.mapping.hf_to_megatron(weights, parameter.module)
         return result
 
@@ -276,32 +338,35 @@ def _tensors(chunk: torch.nn.Module, modules: dict[str, Any]) -> Iterator[tuple[
             yield name, buffer
 
 
+def _queries_keys_values(config: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split the rows of a tensor that holds q, k and v."""
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    return rows.split([n * config.kv_channels for n in (heads, groups, groups)])
+
+
+def _number_of(parameter: LocalParameter) -> int:
+    """Return which of all experts a parameter is."""
+    found = re.search(r"\d+$", parameter.global_name)
+    assert found is not None
+    return int(found[0])
+
+
+def _line(label: torch.Tensor, parameter: LocalParameter, name: str) -> torch.Tensor:
+    """Return the row or column of numbers that is repeated in a label."""
+    lines = [label]
+    if label.dim() == 2:
+        lines = [label.select(1 - dim, 0).unsqueeze(1 - dim) for dim in range(2)]
+    for line in lines:
+        if torch.equal(line.expand_as(label), label):
+            return line
+    raise CheckpointError(
+        f"{type(parameter.mapping).__name__} does more with {name} than move rows and columns of "
+        "one expert, and cannot be undone"
+    )
+
+
 def _rows_of_rank(labels: torch.Tensor, rank: int, size: int, rows: int) -> torch.Tensor:
     """Return labels of rows [rank * rows, (rank + 1) * rows); -1 for rows that are padding."""
     padded = torch.full((rows * size,), -1)
     padded[: labels.shape[0]] = labels
     return padded[rank * rows : (rank + 1) * rows]
-
-
-@contextlib.contextmanager
-def _every_rank_is_the_first(rank: int, dtype: torch.dtype) -> Iterator[None]:
-    """Let a mapping run without communication: it scatters to itself and keeps its own split."""
-
-    def scatter(
-        self: Any, splits: Any, output_shape: Any, dtype_: Any, device: Any, src_rank: int = 0
-    ) -> torch.Tensor:
-        split: torch.Tensor = splits[rank]
-        return split if split.dtype == torch.int64 else split.to(device=device, dtype=dtype)
-
-    def broadcast(self: Any, tensor: torch.Tensor, src_rank: int = 0) -> torch.Tensor:
-        return tensor
-
-    old_scatter = MegatronParamMapping.scatter_to_tp_ranks
-    old_broadcast = MegatronParamMapping.broadcast_tensor_to_tp_ranks
-    MegatronParamMapping.scatter_to_tp_ranks = scatter
-    MegatronParamMapping.broadcast_tensor_to_tp_ranks = broadcast
-    try:
-        yield
-    finally:
-        MegatronParamMapping.scatter_to_tp_ranks = old_scatter
-        MegatronParamMapping.broadcast_tensor_to_tp_ranks = old_broadcast

@@ -1,13 +1,14 @@
 """A folder of safetensors files as one mapping from names to tensors, read lazily and in slices."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatrain.checkpoint.safetensors_file import DTYPES
 from megatrain.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -22,31 +23,44 @@ class MissingTensorError(CheckpointError, KeyError):
 class SafetensorsFolder(Mapping[str, torch.Tensor]):
     """Tensors of a Hugging Face checkpoint.  Files are mapped, not read; nothing is kept."""
 
-    def __init__(self, folder: Path) -> None:
+    index_name = INDEX
+    pattern = "*.safetensors"
+
+    def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
+        """Open the checkpoint in a folder, or just these files of it."""
         self.folder = folder
         self._open: dict[str, Any] = {}
-        self._files = self._read_index()
+        self._files = self._read_index() if files is None else self._names_in(files)
+
+    def _names_in(self, files: Sequence[str]) -> dict[str, str]:
+        return {key: name for name in files for key in self._file(name).keys()}  # noqa: SIM118
 
     def _read_index(self) -> dict[str, str]:
-        index = self.folder / INDEX
+        index = self.folder / self.index_name
         if index.is_file():
             return self._from_index(index)
-        names = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        names = sorted(path.name for path in self.folder.glob(self.pattern))
         if not names:
             raise CheckpointError(
-                f"no *.safetensors in {self.folder}",
+                f"no {self.pattern} in {self.folder}",
                 hint="convert pickled weights with save_pretrained(safe_serialization=True)",
             )
-        return {key: name for name in names for key in self._file(name).keys()}  # noqa: SIM118
+        return self._names_in(names)
 
     def _from_index(self, index: Path) -> dict[str, str]:
         try:
             files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"not a safetensors index: {index}: {error}") from error
-        missing = sorted(
-            name for name in set(files.values()) if not (self.folder / Path(name).name).is_file()
-        )
+        if not all(isinstance(each, str) for pair in files.items() for each in pair):
+            raise CheckpointError(f"not a safetensors index: {index}: names and files are texts")
+        outside = sorted(name for name in set(files.values()) if Path(name).name != name)
+        if outside:
+            raise CheckpointError(
+                f"{index} names files outside its folder: {', '.join(outside[:5])}",
+                hint="shards lie beside their index; nothing else is read",
+            )
+        missing = sorted(name for name in set(files.values()) if not (self.folder / name).is_file())
         if missing:
             raise CheckpointError(
                 f"{len(missing)} shard(s) named by {index} are missing: {', '.join(missing[:5])}",
@@ -56,7 +70,7 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            path = self.folder / Path(name).name
+            path = self.folder / name
             try:
                 self._open[name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -92,6 +106,33 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
         return tuple(self.slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return a tensor's dtype without reading it.
+
+        Raises CheckpointError for one that torch has no name for.
+        """
+        name = str(self.slice(key).get_dtype())
+        if name not in DTYPES:
+            raise CheckpointError(f"{key} in {self.folder} has the dtype {name}, unknown here")
+        return DTYPES[name]
+
+    def file_of(self, key: str) -> str:
+        """Return the name of the file that holds a tensor."""
+        return self._files[key]
+
+    def check_index(self) -> None:
+        """Raise CheckpointError if the index names tensors that its files have not, or not all."""
+        for name in sorted(set(self._files.values())):
+            there = set(self._file(name).keys())
+            named = {key for key, file in self._files.items() if file == name}
+            if named != there:
+                wrong = sorted(named ^ there)
+                raise CheckpointError(
+                    f"the index and {self.folder / name} differ in {len(wrong)} tensor(s): "
+                    f"{', '.join(wrong[:5])}",
+                    hint="the index and the shards do not belong together; download both again",
+                )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor; only the files' headers are read."""

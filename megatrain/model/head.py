@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatrain.model.lora_linear import LoraLinear
 from megatrain.model.microbatch import MicroBatch
-from megatrain_kernels.logprobs import frozen_head_logprobs, logprobs
+from megatrain_kernels.logprobs import frozen_head_logprobs, logprobs, soft_cap
 
 
 class Head:
@@ -32,6 +32,7 @@ class Head:
         output_layer: Any,
         output_weight: Tensor | None,
         context: MicroBatch,
+        config: Any,
         **kwargs: Any,
     ) -> Tensor:
         """Return float32 (R, N).  Collective over TP."""
@@ -50,13 +51,17 @@ class Head:
             "group": self.tp_group,
         }
         extra = context.extra_targets_NK
+        # Other converters' configurations lack it, and are refused for models that have a cap.
+        cap: float | None = getattr(config, "final_logit_softcapping", None)
         if lora is None and bias is None and not weight.requires_grad and extra is None:
-            logps, is_top = frozen_head_logprobs(hidden, weight, context.targets_N, **shard)
+            targets = context.targets_N
+            logps, is_top = frozen_head_logprobs(hidden, weight, targets, cap=cap, **shard)
             return torch.stack([logps, is_top.float()])
 
         def logits_of(h: Tensor) -> Tensor:
             logits = torch.nn.functional.linear(h, weight, bias)
-            return logits if lora is None else logits + lora.local(h)
+            logits = logits if lora is None else logits + lora.local(h)
+            return logits if cap is None else soft_cap(logits, cap)
 
         targets = context.targets_N.unsqueeze(1)
         if extra is not None:

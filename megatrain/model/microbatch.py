@@ -39,5 +39,7 @@ class MicroBatch:
     slots_N: Tensor
     """Where each result goes in the flat global result; -1 for a dummy."""
     labels: WholeLabels
+    squares: float
+    """Sum of the squared lengths of its sequences, without padding, on all CP ranks together."""
     extra_targets_NK: Tensor | None = None
     """Further tokens whose log-probabilities are wanted, int64."""

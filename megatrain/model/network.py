@@ -12,19 +12,20 @@ from torch import Tensor
 
 from megatrain.checkpoint.load import load_parameters
 from megatrain.checkpoint.names import ParameterTable
-from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
+from megatrain.checkpoint.open import open_checkpoint
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError, StateError, UnknownFamilyError
 from megatrain.model.adapter import Adapter
-from megatrain.model.base import trained_parameters
+from megatrain.model.base import base_slices, freeze_head, trained_parameters
+from megatrain.model.converters import CONVERTERS
 from megatrain.model.fsdp import clean_after_error, load_sharded, train_sharded
 from megatrain.model.head import Head
 from megatrain.model.lora import ActiveAdapter, make_adapter
 from megatrain.model.microbatch import MicroBatch
 from megatrain.model.provider import make_bridge, make_provider
 from megatrain.model.score import make_score
-from megatrain.model.tensor_slice import TrainedParameter
+from megatrain.model.tensor_slice import TensorSlice, TrainedParameter
 from megatrain.parallel.groups import Groups
 from megatrain.platforms.bridge_import import quiet
 
@@ -48,6 +49,10 @@ class Network:
     head: Head
     active: ActiveAdapter = field(default_factory=ActiveAdapter)
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    trains_base: bool = False
+    """Whether the base's own parameters are trained."""
+    base_score: TrainedParameter | None = None
+    """The score head that is trained with the base, on the last stage of a reward model."""
 
     @property
     def has_scores(self) -> bool:
@@ -76,29 +81,37 @@ class Network:
         size = int(self.provider.hidden_size)
         return make_score(size, seed=seed, std=std, device=self.groups.device)
 
-    def train_base(self) -> list[TrainedParameter]:
-        """Unfreeze the base and return its parameters.
+    def train_base(self, *, seed: int) -> list[TrainedParameter]:
+        """Unfreeze the base and return its parameters, a reward model's score head among them.
 
-        Raises StateError if there are adapters, ConfigError if the family cannot be written back.
+        The score head starts from `seed` alone.  Raises StateError if there are adapters,
+        ConfigError if the family cannot be written back.
         """
         if self.adapters:
             raise StateError(
                 f"the base is frozen, since there are adapters: {', '.join(self.adapters)}"
             )
-        if self.has_scores:
-            raise ConfigError(
-                "a reward model is trained with an adapter, not as a whole",
-                hint="call add_adapter_to_model before set_optimizer",
-            )
-        parameters = trained_parameters(self.table)
+        parameters = trained_parameters(self.table, with_head=not self.has_scores)
         if self.groups.fsdp is not None:
             train_sharded(self.chunks)
         for chunk in self.chunks:
             chunk.requires_grad_()
-        return parameters
+        if self.has_scores:
+            freeze_head(self.table)
+        self.trains_base, self.base_score = True, self._make_score(seed)
+        return parameters if self.base_score is None else [*parameters, self.base_score]
+
+    def base_slices(self) -> Iterator[TensorSlice]:
+        """Yield what this rank holds of the base: for a reward model, a score head in place of the
+        output layer.
+        """
+        yield from base_slices(self.table, with_head=not self.has_scores)
+        if self.base_score is not None:
+            yield self.base_score.parts[0].of(self.base_score.parameter)
 
     def freeze_base(self) -> None:
         """Undo train_base."""
+        self.trains_base, self.base_score = False, None
         for chunk in self.chunks:
             chunk.requires_grad_(False)
 
@@ -112,13 +125,14 @@ class Network:
                 (v for k, v in adapter.linears.items() if k.endswith(".output_layer")), None
             )
         self.head.lora = head
-        if self.has_scores and adapter is None:
+        if self.has_scores and adapter is None and not self.trains_base:
             raise StateError(
-                "the base has no score head of its own; one is trained with an adapter",
-                hint="call add_adapter_to_model first",
+                "the base has no score head yet: one is made with what is trained",
+                hint="call add_adapter_to_model, or set_optimizer to train all parameters",
             )
-        if adapter is not None and adapter.score is not None:
-            self.head.score_1H = adapter.score.parameter
+        score = self.base_score if adapter is None else adapter.score
+        if score is not None:
+            self.head.score_1H = score.parameter
 
     def run(
         self, batches: Sequence[MicroBatch], loss: LossFunction, *, train: bool
@@ -194,8 +208,8 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
         auto_bridge = make_bridge(folder)
         provider = make_provider(auto_bridge, config, groups)
         provider.use_cpu_initialization |= groups.fsdp is not None
-        source = SafetensorsFolder(folder)
-        chunks = [_provide(provider, stage) for stage in stages]
+        source = open_checkpoint(folder)
+        chunks = _chunks(folder, config, groups, provider, stages)
     for chunk, stage in zip(chunks, stages, strict=True):
         chunk.model_type = _model_type()
         chunk.vp_stage = stage
@@ -206,7 +220,9 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
     def make_table() -> ParameterTable:
         return ParameterTable(auto_bridge, chunks, groups, source.shapes())
 
-    if groups.fsdp is None:
+    if config.bridge in CONVERTERS:
+        table = make_table()  # the weights are there already
+    elif groups.fsdp is None:
         table = make_table()
         load_parameters(table, source)
     else:
@@ -215,6 +231,24 @@ def build_network(folder: Path, config: ModelConfig, groups: Groups) -> Network:
         _let_gradients_reach_the_first_layer(chunks[0])
     head = Head(int(provider.vocab_size), groups.tp)
     return Network(folder, config, groups, provider, chunks, table, head)
+
+
+def _chunks(
+    folder: Path, config: ModelConfig, groups: Groups, provider: Any, stages: Sequence[int | None]
+) -> list[Any]:
+    """Return this rank's chunks: without weights, unless another converter makes them."""
+    if config.bridge not in CONVERTERS:
+        return [_provide(provider, stage) for stage in stages]
+    if groups.fsdp is not None or config.task != "causal_lm":
+        raise ConfigError(
+            f"bridge={config.bridge!r} is for whole causal language models: fsdp="
+            f"{groups.mesh.fsdp}, task={config.task!r}",
+            hint="use bridge='megatron-bridge'",
+        )
+    chunks = CONVERTERS[config.bridge].build(folder, config, groups.mesh)
+    if len(chunks) != len(stages):
+        raise ConfigError(f"{config.bridge} made {len(chunks)} model chunks, not {len(stages)}")
+    return list(chunks)
 
 
 def _provide(provider: Any, stage: int | None) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from megatrain.config.model import ModelConfig
-from megatrain.errors import CheckpointError, ConfigError, UnknownFamilyError
-from megatrain.model.carried import check_carried
+from megatrain.errors import CheckpointError, ConfigError, LayoutError, UnknownFamilyError
+from megatrain.model.carried import carry, check_carried
 from megatrain.parallel.groups import Groups, check_model
+from megatrain_bridges.refused import REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,17 @@ def make_bridge(folder: Path) -> Any:
     """Return the AutoBridge of a checkpoint folder.  Raises UnknownFamilyError."""
     from megatron.bridge import AutoBridge  # noqa: PLC0415 - patched first
 
+    from megatrain_bridges.register import towers  # noqa: PLC0415 - after AutoBridge
+
+    _check_not_refused(folder)
     try:
-        return AutoBridge.from_hf_pretrained(str(folder))
+        bridge = AutoBridge.from_hf_pretrained(str(folder))
+        for architecture in towers.TOWERS.keys() & set(_architectures(folder)):
+            whole = bridge.hf_pretrained.config
+            bridge.hf_pretrained.config = towers.text_config(whole, architecture)
+        return bridge
     except ValueError as error:
-        try:
-            found = json.loads((folder / "config.json").read_text()).get("architectures")
-        except ValueError as broken:
-            raise CheckpointError(f"not JSON: {folder / 'config.json'}: {broken}") from error
+        found = _architectures(folder)
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UnknownFamilyError(
             f"AutoBridge has no bridge for {found}, the architecture in {folder}: {reason}",
@@ -61,10 +66,31 @@ def make_bridge(folder: Path) -> Any:
         ) from error
 
 
+def _architectures(folder: Path) -> list[str]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"not JSON: {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object but {type(config).__name__}")
+    return list(config.get("architectures") or [])
+
+
+def _check_not_refused(folder: Path) -> None:
+    for architecture in _architectures(folder):
+        if architecture in REFUSED:
+            raise UnknownFamilyError(
+                f"{architecture} is not supported: {REFUSED[architecture]}",
+                hint="see bridges/README.md for what is",
+            )
+
+
 def make_provider(bridge: Any, config: ModelConfig, groups: Groups) -> Any:
     """Return a finalized provider for this layout and precision.
 
-    Raises LayoutError when the model does not fit the mesh.
+    Raises LayoutError when the model does not fit the mesh, ConfigError when another converter
+    would lose a setting.
     """
     try:
         provider = bridge.to_megatron_provider(load_weights=False)
@@ -73,8 +99,18 @@ def make_provider(bridge: Any, config: ModelConfig, groups: Groups) -> Any:
             f"AutoBridge cannot express this config.json: {type(error).__name__}: {error}",
             hint="a setting of this checkpoint (rope_parameters, say) is not supported",
         ) from error
+    carry(bridge.hf_pretrained.config, provider)
     check_carried(bridge.hf_pretrained.config, provider)
+    if provider.final_logit_softcapping and config.bridge != "megatron-bridge":
+        raise ConfigError(
+            "soft-capped logits need bridge='megatron-bridge': "
+            f"final_logit_softcapping={provider.final_logit_softcapping}, bridge={config.bridge!r}"
+        )
     check_model(groups.mesh, provider)
+    if groups.mesh.etp > 1 and provider.num_moe_experts and provider.add_bias_linear:
+        raise LayoutError(
+            f"experts with biases cannot be split: etp={groups.mesh.etp}", hint="use etp=1"
+        )
     _set_layout(provider, groups)
     _set_precision(provider, DTYPES[config.mixed_precision])
     _set_training(provider, config)

@@ -1,10 +1,12 @@
 """The process groups of a rank.  The only file that reads Megatron's global parallel_state."""
 
+import contextlib
 import copy
 import itertools
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -92,8 +94,7 @@ def init_groups(
     Rank and world size come from torchrun's environment unless given with a `store`; without
     either, this process is alone.  Raises LayoutError when the mesh does not cover the world.
     """
-    from megatron.core import parallel_state, tensor_parallel  # noqa: PLC0415 - patched first
-    from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: PLC0415
+    from megatron.core import tensor_parallel  # noqa: PLC0415 - patched first
 
     if dist.is_initialized():
         raise StateError("the process groups are already there; call megatrain.shutdown() first")
@@ -103,17 +104,7 @@ def init_groups(
     device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=timeout_s)
     _join(platform.collective_backend, rank, world_size, store, timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=mesh.tp,
-        pipeline_model_parallel_size=mesh.pp,
-        virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
-        context_parallel_size=mesh.cp,
-        expert_model_parallel_size=mesh.ep,
-        expert_tensor_parallel_size=mesh.etp,
-        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
-        create_gloo_process_groups=False,
-    )
-    collection = ProcessGroupCollection.use_mpu_process_groups()
+    collection = _initialize_megatron(mesh, timeout_s)
     # Only dropout in front of LoRA draws from these, so that no two ranks need the same numbers.
     offset = 10_000 * collection.dp_cp.rank() + 1_000_000 * collection.pp.rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed + offset)
@@ -128,6 +119,46 @@ def init_groups(
         collection=collection,
         fsdp=make_shard_groups(mesh, timeout) if mesh.fsdp > 1 else None,
     )
+
+
+@contextlib.contextmanager
+def playing(mesh: DeviceMesh, rank: int) -> Iterator[Groups]:
+    """Be one rank of a mesh without the others, on the meta device: to describe, never to compute.
+
+    Groups have their sizes and ranks; a collective over them does nothing.  Raises StateError if
+    this process has joined real ranks.
+    """
+    from megatron.core import tensor_parallel  # noqa: PLC0415 - patched first
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: PLC0415 - registers
+
+    if dist.is_initialized():
+        raise StateError("the process groups are already there; call megatrain.shutdown() first")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=mesh.world_size)
+    try:
+        collection = _initialize_megatron(mesh, timeout_s=60.0)
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        world: Any = dist.group.WORLD
+        yield Groups(mesh, rank, torch.device("meta"), world, collection)
+    finally:
+        destroy_groups()
+
+
+def _initialize_megatron(mesh: DeviceMesh, timeout_s: float) -> Any:
+    """Make every group of the mesh; return Megatron's collection of them."""
+    from megatron.core import parallel_state  # noqa: PLC0415 - patched first
+    from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: PLC0415
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
+        context_parallel_size=mesh.cp,
+        expert_model_parallel_size=mesh.ep,
+        expert_tensor_parallel_size=mesh.etp,
+        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        create_gloo_process_groups=False,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def _join(

@@ -73,7 +73,7 @@ OPTIONALS = (
         module="fla",
         also=("fla-core",),
         devices=CUDA,
-        cost="models with gated delta-net layers (Qwen3-Next, Qwen3.5) cannot be loaded",
+        cost="gated delta-net layers (Qwen3-Next, Qwen3.5) run in plain torch, more slowly",
         mend="pip install flash-linear-attention",
     ),
     Optional(

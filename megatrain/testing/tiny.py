@@ -3,53 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "decoder_sparse_step": 1,
-}
+from megatrain.testing.families import ARCHITECTURES, COMMON, FAMILIES, TOWERS
 
-LATENT: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "mistral": ("MistralConfig", {"head_dim": 16, "sliding_window": None}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "qwen3_tied": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
-    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 16, **EXPERTS}),
-    "deepseek_v3": ("DeepseekV3Config", LATENT),
-    "gpt_oss": (
-        "GptOssConfig",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
-    ),
-}
-"""Transformers' configuration class and what differs from COMMON."""
+__all__ = ["COMMON", "FAMILIES", "make_checkpoint"]
 
 
 def make_checkpoint(folder: Path, family: str, *, seed: int = 0, **changes: Any) -> Path:
@@ -61,10 +17,16 @@ def make_checkpoint(folder: Path, family: str, *, seed: int = 0, **changes: Any)
     import torch  # noqa: PLC0415 - the module's names are used without torch
     import transformers  # noqa: PLC0415
 
-    class_name, own = FAMILIES[family]
-    config = getattr(transformers, class_name)(**{**COMMON, **own, **changes})
+    class_name, own = ARCHITECTURES[family]
+    kind = transformers.AutoModelForCausalLM
+    settings = {**COMMON, **own, **changes}
+    if family in TOWERS:
+        kind = transformers.AutoModelForImageTextToText
+        text = {**COMMON, **own["text_config"], **changes}
+        settings = {**own, "text_config": text, "tie_word_embeddings": False}
+    config = getattr(transformers, class_name)(**settings)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")):

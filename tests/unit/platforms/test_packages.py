@@ -94,3 +94,10 @@ def test_without_the_project_nothing_can_be_compared_and_that_is_fatal() -> None
 
 def test_this_environment_is_complete() -> None:
     assert [finding.name for finding in packages.inspect(CPU) if finding.fatal] == []
+
+
+def test_without_flash_linear_attention_speed_is_all_that_is_lost() -> None:
+    package = next(each for each in packages.OPTIONALS if each.module == "fla")
+    finding = packages.check_optional(package, None, importable=False, devices=ALL)
+    assert finding.status is Status.MISSING
+    assert "run in plain torch" in finding.cost
