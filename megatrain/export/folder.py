@@ -26,22 +26,23 @@ def replaced(directory: Path, *, may_replace: Callable[[Path], bool]) -> Iterato
         ExportError: `directory` exists and must not be replaced.
     """
     directory = Path(os.path.abspath(directory))
-    _refuse(directory, may_replace)
+    check_may_replace(directory, may_replace)
     directory.parent.mkdir(parents=True, exist_ok=True)
     new = directory.parent / f".{directory.name}.{uuid.uuid4().hex}.partial"
     new.mkdir()
     try:
         yield new
         for path in [*new.rglob("*"), new]:
-            _sync(path)
-        _refuse(directory, may_replace)
-        _take_place(new, directory)
-        _sync(directory.parent)
+            sync(path)
+        check_may_replace(directory, may_replace)
+        take_place(new, directory)
+        sync(directory.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _refuse(directory: Path, may_replace: Callable[[Path], bool]) -> None:
+def check_may_replace(directory: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Raise ExportError if something is at `directory` that must not be replaced."""
     if os.path.lexists(directory) and not (
         directory.is_dir() and not directory.is_symlink() and may_replace(directory)
     ):
@@ -51,7 +52,7 @@ def _refuse(directory: Path, may_replace: Callable[[Path], bool]) -> None:
         )
 
 
-def _take_place(new: Path, directory: Path) -> None:
+def take_place(new: Path, directory: Path) -> None:
     """Rename `new`; the old folder, if any, is then at `new`."""
     if not directory.exists():
         new.rename(directory)
@@ -76,7 +77,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

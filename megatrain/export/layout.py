@@ -211,21 +211,21 @@ def patterns(spec: LoraSpec, layers: list[Layer]) -> tuple[dict[str, int], dict[
     ranks = {layer.name: layer.rank for layer in layers}
     alphas = {layer.name: layer.alpha for layer in layers}
     return (
-        _override(ranks, spec.rank_pattern, spec.r),
-        _override(alphas, spec.alpha_pattern, spec.lora_alpha),
+        overrides(ranks, spec.rank_pattern, spec.r),
+        overrides(alphas, spec.alpha_pattern, spec.lora_alpha),
     )
 
 
-def _override[T](wanted: Mapping[str, T], user: Mapping[str, T], default: T) -> dict[str, T]:
+def overrides[T](wanted: Mapping[str, T], user: Mapping[str, T], default: T) -> dict[str, T]:
+    """Return patterns that give each name its value; `user` has patterns that stay behind them."""
     tails: dict[str, list[str]] = defaultdict(list)
     for name in wanted:
         tails[".".join(name.split(".")[-2:])].append(name)
     front: dict[str, T] = {}
     for tail, names in tails.items():
-        if all(look_up(user, name, default) == wanted[name] for name in names):
-            continue
-        if len({wanted[name] for name in names}) == 1:
+        other = [name for name in names if look_up(user, name, default) != wanted[name]]
+        if other and len({wanted[name] for name in names}) == 1:
             front[re.escape(tail)] = wanted[names[0]]
         else:
-            front |= {re.escape(name): wanted[name] for name in names}
+            front |= {re.escape(name): wanted[name] for name in other}
     return front | {key: value for key, value in user.items() if key not in front}

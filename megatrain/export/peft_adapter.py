@@ -28,6 +28,8 @@ from megatrain.model.score import SCORE
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PICKLE = "adapter_model.bin"
+"""What old PEFT wrote; never read."""
 _SCORE_OPTIONS = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
 _KEY = re.compile(
     re.escape(PREFIX) + r"(?P<path>.+)\.lora_((?P<factor>[AB])\.weight|embedding_(?P<row>[AB]))"
@@ -96,10 +98,18 @@ def prepare_adapter(
 
 
 def write_files(
-    directory: Path, files: AdapterFiles, also: Callable[[Path], None] | None = None
+    directory: Path,
+    files: AdapterFiles,
+    also: Callable[[Path], None] | None = None,
+    *,
+    may_replace: Callable[[Path], bool] | None = None,
 ) -> Path:
-    """Write an adapter's files, and what `also` writes beside them, in one step."""
-    with replaced(directory, may_replace=is_adapter) as new:
+    """Write an adapter's files, and what `also` writes beside them, in one step.
+
+    `also` may check them, too: if it raises, nothing is written.
+    `may_replace` tells which existing folder is replaced: is_adapter, unless it is given.
+    """
+    with replaced(directory, may_replace=may_replace or is_adapter) as new:
         save_file(files.weights, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
         _check_written(new, files.config, files.weights)
@@ -122,7 +132,7 @@ def read_adapter(
         ConfigError: the config asks for what megatrain does not support.
     """
     directory = Path(directory)
-    config, weights = _load_config(directory), _load_weights(directory)
+    config, weights = load_config(directory), load_weights(directory)
     has_score = PREFIX + SCORE in weights
     plain = {**config, "modules_to_save": None} if has_score else config
     spec = LoraSpec.from_any(plain)
@@ -139,6 +149,11 @@ def is_adapter(directory: Path) -> bool:
     """Return whether a folder holds an adapter, its training state, and nothing else."""
     names = {path.name for path in directory.iterdir() if not is_state_folder(path)}
     return names <= {WEIGHTS, CONFIG, "README.md"} and (CONFIG in names or not names)
+
+
+def is_adapter_without_state(directory: Path) -> bool:
+    """Return whether a folder holds an adapter and no training state that would go with it."""
+    return is_adapter(directory) and not any(map(is_state_folder, directory.iterdir()))
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -177,21 +192,42 @@ def _check_written(
         wrong = sorted(found.keys() ^ weights.keys())
         raise ExportError(f"{WEIGHTS} has other keys than were written: {wrong[:5]}")
     for key, tensor in weights.items():
-        same = found[key].dtype == tensor.dtype and found[key].shape == tensor.shape
-        if not same or not torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)):
+        if not same_bytes(found[key], tensor):
             raise ExportError(f"{WEIGHTS} does not hold what was written: {key}")
 
 
-def _load_config(directory: Path) -> dict[str, Any]:
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape and bits."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(
+            one.contiguous().reshape(-1).view(torch.uint8),
+            other.contiguous().reshape(-1).view(torch.uint8),
+        )
+    )
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """Return adapter_config.json of a PEFT directory.  Raises ExportError."""
     path = directory / CONFIG
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"cannot read {path}: {error}", hint="is this a PEFT adapter?") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"not an object: {path}", hint="is this a PEFT adapter?")
+    return config
 
 
-def _load_weights(directory: Path) -> dict[str, Tensor]:
+def load_weights(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of a PEFT directory by PEFT's keys.  Raises ExportError."""
     path = directory / WEIGHTS
+    if not path.exists() and (directory / PICKLE).exists():
+        raise ExportError(
+            f"pickled weights are not read: {directory / PICKLE}",
+            hint="load it in PEFT where you trust it, and save it with safe_serialization=True",
+        )
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -5,10 +5,9 @@ into the same folder, in the same step.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatrain.checkpoint.names import ParameterTable
 from megatrain.errors import ExportError
 from megatrain.export.checkpoint import write_checkpoint
 from megatrain.export.gather import gather, stream
@@ -17,7 +16,7 @@ from megatrain.export.rank_zero import on_rank_zero
 from megatrain.export.state.folder import State
 from megatrain.export.state.writer import BackgroundWriter
 from megatrain.model.adapter import Adapter
-from megatrain.model.base import base_slices
+from megatrain.model.tensor_slice import TensorSlice
 from megatrain.parallel.groups import Groups
 
 _writer = BackgroundWriter()
@@ -60,27 +59,30 @@ def save_adapter(
 
 def save_checkpoint(
     directory: Path,
-    table: ParameterTable,
+    slices: Iterable[TensorSlice],
     groups: Groups,
     *,
     folder: Path,
+    has_score: bool = False,
     state: State | None = None,
     background: bool = False,
 ) -> None:
     """Write the whole model as a Hugging Face checkpoint, sharded and verified.  Collective.
 
-    Configuration and tokenizer are carried along from `folder`.  In the background, rank 0 holds
-    all of it in memory meanwhile.  Raises ExportError as save_adapter does.
+    `slices` are what this rank holds of it; with `has_score` it is one of Transformers' models for
+    sequence classification.  Configuration and tokenizer are carried along from `folder`.  In the
+    background, rank 0 holds all of it in memory meanwhile.  Raises ExportError as save_adapter
+    does.
     """
     finish_save(groups)
-    batches = stream(base_slices(table), groups)
+    batches = stream(slices, groups)
     if background or groups.rank != 0:
         batches = iter(list(batches))
 
     def write() -> None:
         try:
             also = None if state is None else state.write
-            write_checkpoint(directory, batches, source=folder, also=also)
+            write_checkpoint(directory, batches, source=folder, has_score=has_score, also=also)
         finally:
             for _ in batches:  # the other ranks must get rid of what they have to send
                 pass

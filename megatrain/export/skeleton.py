@@ -76,6 +76,11 @@ class Skeleton:
         module = self._modules[owner]
         return {name: each.shape for name, each in module.named_parameters(recurse=False)}
 
+    def renamed(self, key: str) -> str:
+        """Return what Transformers' model calls a tensor of the checkpoint."""
+        name: str = rename_source_key(key, self._renamings, self._converters)[0]
+        return name
+
     def place(self, module: str) -> Place:
         """Find a canonical module.
 

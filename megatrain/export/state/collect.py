@@ -17,6 +17,8 @@ from torch import Tensor
 from megatrain.export.gather import stream
 from megatrain.export.rank_zero import texts_of_all
 from megatrain.export.state.record import (
+    GRADIENTS,
+    MASTER,
     GradientRecord,
     OptimizerRecord,
     ScheduleRecord,
@@ -28,9 +30,6 @@ from megatrain.parallel.groups import Groups
 from megatrain.train.optimizer import GradientAccumulator
 from megatrain.train.sharded import ShardedParameters
 from megatrain.train.step import BASE, Trained, Trainer
-
-MASTER, GRADIENTS = "master", "gradients"
-"""Kinds of tensors beside an optimizer's own."""
 
 
 def collect(
@@ -139,6 +138,7 @@ def _identity(trainer: Trainer, name: str) -> dict[str, Any]:
         "lora": None if adapter is None else asdict(adapter.spec),
         "seed": trainer.seed,
         "fingerprint": fingerprint(network),
+        "base_config": json.loads((network.folder / "config.json").read_text()),
         "layout": network.groups.mesh.describe(),
         "mixed_precision": network.config.mixed_precision,
     }

@@ -8,7 +8,9 @@ from typing import Any
 from megatrain.config.lora import LoraSpec
 from megatrain.errors import CheckpointError, ConfigError
 from megatrain.export.state.collect import fingerprint
+from megatrain.export.state.imported import check_imported
 from megatrain.export.state.record import StateRecord
+from megatrain.model.network import Network
 from megatrain.train.optimizer import OPTIMIZERS
 from megatrain.train.optimizer_state import state_keys
 from megatrain.train.schedule import SCHEDULES
@@ -23,17 +25,7 @@ def check_fits(trainer: Trainer, name: str, record: StateRecord) -> None:
     Raises CheckpointError for another base or LoRA options, ConfigError for another optimizer or
     schedule.
     """
-    here = fingerprint(trainer.network)
-    other = [
-        f"{key}: saved {record.fingerprint.get(key)}, here {value}"
-        for key, value in here.items()
-        if record.fingerprint.get(key) != value
-    ]
-    if other:
-        raise CheckpointError(
-            f"the state is of another base model than {trainer.network.folder}: {'; '.join(other)}",
-            hint=f"it was saved from {record.base_model}",
-        )
+    _check_base(trainer.network, record)
     if (name == BASE) != (record.lora is None):
         saved, wanted = (
             "all parameters" if lora is None else "a LoRA adapter"
@@ -43,6 +35,24 @@ def check_fits(trainer: Trainer, name: str, record: StateRecord) -> None:
     if name in trainer.trained:
         _check_adapter(trainer, name, record)
         _check_choices(trainer.trained[name], record)
+
+
+def _check_base(network: Network, record: StateRecord) -> None:
+    if record.imported is not None:
+        check_imported(record.imported, network.table.hf_shapes, network.folder)
+    if record.fingerprint is None:
+        return
+    here = fingerprint(network)
+    other = [
+        f"{key}: saved {record.fingerprint.get(key)}, here {value}"
+        for key, value in here.items()
+        if record.fingerprint.get(key) != value
+    ]
+    if other:
+        raise CheckpointError(
+            f"the state is of another base model than {network.folder}: {'; '.join(other)}",
+            hint=f"it was saved from {record.base_model}",
+        )
 
 
 def _check_adapter(trainer: Trainer, name: str, record: StateRecord) -> None:

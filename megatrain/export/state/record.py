@@ -15,8 +15,10 @@ from megatrain.errors import CheckpointError
 FOLDER = "state"
 """Inside a checkpoint folder, beside the files of PEFT or Transformers."""
 RECORD = "state.json"
-VERSION = 1
-"""Of the format; a reader refuses a later one."""
+MASTER, GRADIENTS = "master", "gradients"
+"""Kinds of tensors beside an optimizer's own."""
+VERSION = 2
+"""Of the format; a reader refuses a later one.  1 had neither base_config nor imported."""
 
 
 class FileRecord(BaseModel):
@@ -62,6 +64,48 @@ class GradientRecord(BaseModel):
     """Divided and clipped already, by clip_grad_norm."""
 
 
+class StackRecord(BaseModel):
+    """Where a stacked pair of factors went."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    owner: str
+    """`...mlp.experts`, in the checkpoint's names."""
+    parts: tuple[str, ...]
+    """Leaves of each expert's modules, in the order of B's rows: gate_proj, up_proj."""
+    num_experts: int
+
+
+class CarriedRecord(BaseModel):
+    """A weight of the base, to compare with the base that training goes on with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dtype: str
+    """As torch calls it: `float32`."""
+    xxh3: str
+    """XXH3-64 of its bytes, in hexadecimal."""
+
+
+class ImportedRecord(BaseModel):
+    """What a PEFT directory held besides factors, of a state that was made from one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    config: dict[str, Any]
+    """Its adapter_config.json."""
+    stacked: dict[str, StackRecord]
+    """By PEFT's key of the layer: a parameter of all experts that was stacked in the file."""
+    renamed: dict[str, str]
+    """PEFT's path of other modules, by the checkpoint's name, where the two differ."""
+    embeddings: tuple[str, ...]
+    """Modules whose factors PEFT calls lora_embedding_A and B."""
+    shapes: dict[str, tuple[int, int]]
+    """(in, out) of every adapted module; one entry, without a number, for all experts."""
+    carried: dict[str, CarriedRecord]
+    """Weights of the base that PEFT put into the file, by PEFT's key; they are in `carried/`."""
+
+
 class StateRecord(BaseModel):
     """Everything of a saved state that is not a tensor."""
 
@@ -77,8 +121,13 @@ class StateRecord(BaseModel):
     """Name in the run; empty if all parameters are trained."""
     lora: dict[str, Any] | None
     base_model: str
-    fingerprint: dict[str, Any]
-    """Of the base: its sizes, and a checksum of its tensors' names and shapes."""
+    fingerprint: dict[str, Any] | None
+    """Of the base: its sizes, and a checksum of its tensors' names and shapes.  None if no base
+    was at hand: then `imported` says what must fit."""
+    base_config: dict[str, Any] | None = None
+    """The base's config.json, by which an adapter can be exported without the base."""
+    imported: ImportedRecord | None = None
+    """Of a state that was made from a PEFT directory, and not trained since."""
     layout: str
     """It was written on; for information."""
     mixed_precision: str

@@ -11,8 +11,7 @@ from torch import Tensor
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
 from megatrain.errors import CheckpointError
 from megatrain.export.rank_zero import broadcast_text, on_rank_zero
-from megatrain.export.state.collect import GRADIENTS, MASTER
-from megatrain.export.state.record import FOLDER, StateRecord, read_record
+from megatrain.export.state.record import FOLDER, GRADIENTS, MASTER, StateRecord, read_record
 from megatrain.export.state.retention import usable_state, verify_state
 from megatrain.model.tensor_slice import TensorPart, TrainedParameter
 from megatrain.parallel.groups import Groups

@@ -84,7 +84,7 @@ def prune(output_dir: Path, keep: int, *, spare: Collection[str] = ()) -> list[P
     for path in complete[keep:]:
         _remove(path)
     for path in Path(output_dir).glob(".*.partial"):
-        if time.time() - max(p.stat().st_mtime for p in (path, *path.rglob("*"))) > LEFT_BEHIND_S:
+        if time.time() - _touched_at(path) > LEFT_BEHIND_S:
             shutil.rmtree(path, ignore_errors=True)
     return complete[keep:]
 
@@ -119,6 +119,17 @@ def _is_complete(checkpoint: Path, *, contents: bool = False) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _touched_at(folder: Path) -> float:
+    """Return when something in it was last changed, in seconds; now, if it goes while we look.
+
+    A checkpoint that is written in the background is renamed into place at any moment.
+    """
+    try:
+        return max(p.stat().st_mtime for p in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _remove(checkpoint: Path) -> None:

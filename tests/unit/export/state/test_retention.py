@@ -78,6 +78,16 @@ def test_what_a_killed_process_left_is_removed_after_an_hour(run):
     assert not left.exists()
 
 
+def test_a_folder_that_changes_while_pruning_looks_at_it_is_left_alone(run):
+    # What a background save renames away between the listing and the look reads like this link.
+    left, now = run / ".step-5.0123.partial", time.time()
+    for path in (left, *left.rglob("*")):
+        os.utime(path, (now - 4000, now - 4000))
+    (left / "shard-0.safetensors").symlink_to(left / "gone")
+    prune(run, 1)
+    assert left.is_dir()
+
+
 def test_keeping_none_is_refused(run):
     with pytest.raises(ConfigError, match="keep=0"):
         prune(run, 0)

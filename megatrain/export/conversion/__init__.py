@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints and Megatron distributed checkpoints into one another, streamed."""
