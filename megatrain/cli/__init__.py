@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from megatrain import __version__
 from megatrain.cli import doctor
 from megatrain.cli.bench import command as bench
+from megatrain.cli.convert import command as convert
 from megatrain.cli.data import command as data
+from megatrain.cli.models import command as models
 from megatrain.cli.plan import command as plan
 from megatrain.cli.quickstart import command as quickstart
 from megatrain.cli.train import command as train
 from megatrain.errors import MegatrainError
 
-COMMANDS = (quickstart, train, plan, data, bench, doctor)
+COMMANDS = (quickstart, train, plan, data, models, convert, bench, doctor)
 """Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
 
 

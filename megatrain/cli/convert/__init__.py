@@ -1,0 +1,1 @@
+"""`megatrain convert`: checkpoints and adapters from one format, layout or shape to another."""

@@ -1,0 +1,1 @@
+"""`megatrain models`: which architectures hold, and what of each."""
