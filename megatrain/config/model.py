@@ -19,6 +19,9 @@ class ModelConfig(BaseModel):
     """Type of parameters and activations; `no` is float32.  Master weights are float32 always."""
     backend: Literal["auto", "torch", "te"] = "auto"
     """Layers in plain torch, or Transformer Engine's; auto takes the latter where it can run."""
+    bridge: Literal["megatron-bridge", "mcore-bridge", "mcore-adapter"] = "megatron-bridge"
+    """Who converts the checkpoint while it loads; the others must be installed, and use Transformer
+    Engine.  Names and exports are Megatron-Bridge's in any case."""
     recompute: bool = False
     """Recompute each layer's activations in backward: less memory, a third more work."""
     max_tokens_per_microbatch: PositiveInt | None = None

@@ -22,8 +22,9 @@ from megatrain.data.encoded import (
 from megatrain.data.fingerprint import fingerprint
 from megatrain.data.json_files import find_own
 from megatrain.data.lazy_row import Row, Stopwatch
+from megatrain.data.members import Members
 from megatrain.data.meta import DatasetMeta
-from megatrain.data.mixing import Stopping, chain, mix
+from megatrain.data.mixing import Stopping, mix
 from megatrain.data.origin import Origins
 from megatrain.data.rows import ROW_FEATURES, read_batch, read_row
 from megatrain.data.source import READ_ERRORS, Source
@@ -67,9 +68,7 @@ class Dataset:
         self._origins = Origins()
         self._left_out: list[LeftOut] = []
         self._source = Source(self._origins, self._left_out, streaming=streaming, on_error=on_error)
-        self._members: list[tuple[DatasetMeta, Table]] = []
-        self._chained: Table | None = None
-        self._is_merged = False
+        self._members = Members()
         self._encoded: EncodedRows | LazyRows | None = None
         self._is_encoded = False
         if dataset_meta is not None:
@@ -83,8 +82,7 @@ class Dataset:
         self._before_encode("add_dataset")
         if not isinstance(dataset_meta, DatasetMeta):
             dataset_meta = DatasetMeta(dataset_meta)
-        self._members.append((dataset_meta, self._source.read(dataset_meta)))
-        self._chained = None
+        self._members.add(dataset_meta, self._source.read(dataset_meta))
         return self
 
     def set_template(
@@ -129,9 +127,9 @@ class Dataset:
         step: Any = MapStep(RowFunction(Preprocess(function), *of_rows))
         if batched:
             step = PreprocessBatch(function, *of_rows)
-        for index in self._indices(dataset_meta):
-            meta, table = self._members[index]
-            mapped = run_map(
+
+        def mapped(table: Table) -> Table:
+            result = run_map(
                 table,
                 step,
                 ROW_FEATURES,
@@ -140,9 +138,10 @@ class Dataset:
                 load_from_cache_file=load_from_cache_file,
                 num_proc=num_proc,
             )
-            log_left_out(left_out, table, mapped)
-            self._members[index] = meta, mapped
-            self._chained = None
+            log_left_out(left_out, table, result)
+            return result
+
+        self._members.change(dataset_meta, mapped)
         return self
 
     def filter(
@@ -165,20 +164,21 @@ class Dataset:
         left_out = self._recorder("filter()")
         step = FilterStep(RowFunction(function, self._origins, self._on_error, left_out), read)
         what = fingerprint("filter", function, self._on_error, self._origins.describe())
-        for index in self._indices(dataset_meta):
-            meta, table = self._members[index]
-            kept = run_filter(
+
+        def kept(table: Table) -> Table:
+            result = run_filter(
                 table,
                 step,
                 what=what,
                 load_from_cache_file=load_from_cache_file,
                 num_proc=num_proc,
             )
-            log_left_out(left_out, table, kept)
-            self._members[index] = meta, kept
-            self._chained = None
+            log_left_out(left_out, table, result)
+            return result
+
+        self._members.change(dataset_meta, kept)
         if self._is_encoded and not self.streaming:
-            self._encoded = EncodedRows(self._table())
+            self._encoded = EncodedRows(self._members.table())
         return self
 
     def mix_dataset(
@@ -194,8 +194,8 @@ class Dataset:
         weights they follow each other whole, as they do where this is not called.
         """
         self._before_encode("mix_dataset")
-        tables = [table for _, table in self._members]
-        self._merge(mix(tables, self._names(), weights, seed, stopping))
+        members = self._members
+        members.merge(mix(members.tables(), members.names(), weights, seed, stopping))
         return self
 
     def encode(
@@ -209,8 +209,10 @@ class Dataset:
         """Turn each row into tokens with the template; messages, user_data and label are kept.
 
         With `batched` the template gets many rows at once; with `lazy` a row is encoded when it is
-        asked for, and nothing is stored.  Raises StateError without a template, ConfigError where
-        an option has no effect, DataError for a row that cannot be encoded.
+        needed, and nothing but its length is kept: a plan over ranks needs all lengths, so every
+        rank encodes every row once, in the first epoch, and only its own rows after that.  Raises
+        StateError without a template, ConfigError where an option has no effect, DataError for a
+        row that cannot be encoded.
         """
         self._before_encode("encode")
         if self.template is None:
@@ -220,7 +222,7 @@ class Dataset:
             self._check_lazy(batched, num_proc)
         left_out = self._recorder("encode()")
         function = RowFunction(encode, self._origins, self._on_error, left_out)
-        table = self._table()
+        table = self._members.table()
         if lazy:
             self._encoded = LazyRows(table, EncodeStored(function, self._origins))
         else:
@@ -234,7 +236,7 @@ class Dataset:
                 num_proc=num_proc,
             )
             log_left_out(left_out, table, mapped)
-            self._merge(mapped)
+            self._members.merge(mapped)
             self._encoded = None if self.streaming else EncodedRows(mapped)
         self._is_encoded = True
         return self
@@ -269,7 +271,7 @@ class Dataset:
         """Digits that are the same for the same encoded rows, or for the same data and steps."""
         if isinstance(self._encoded, EncodedRows):
             return self._encoded.fingerprint
-        return fingerprint(*(getattr(table, "_fingerprint", "") for _, table in self._members))
+        return self._members.fingerprint()
 
     def statistics(self) -> DatasetStatistics:
         """Return the numbers of rows, tokens and labels and the distribution of lengths."""
@@ -288,7 +290,7 @@ class Dataset:
 
         The order depends on `seed` and `epoch` alone.
         """
-        table = self._table()
+        table = self._members.table()
         if not isinstance(table, datasets.IterableDataset):
             raise StateError("only a dataset with streaming=True is a stream")
         if seed is not None:
@@ -304,7 +306,7 @@ class Dataset:
             raise TypeError("a dataset with streaming=True has no length before it is read")
         if self._encoded is not None:
             return len(self._encoded)
-        return sum(len(table) for _, table in self._members)
+        return len(self._members)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return row `index` as a new dict; after encode() with its tokens."""
@@ -315,7 +317,7 @@ class Dataset:
         index %= len(self)
         if self._is_encoded:
             return dict(self.row(index))
-        return read_row(self._table()[index])[1]
+        return read_row(self._members.table()[index])[1]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.streaming:
@@ -323,20 +325,6 @@ class Dataset:
             return
         for row in self.stream():
             yield dict(row)
-
-    def _table(self) -> Table:
-        if not self._members:
-            raise StateError("the dataset has no data yet", hint="call add_dataset() first")
-        if self._chained is None:
-            self._chained = chain((table for _, table in self._members), self._names())
-        return self._chained
-
-    def _names(self) -> list[str]:
-        return [meta.describe() for meta, _ in self._members]
-
-    def _merge(self, table: Table) -> None:
-        self._members = [(self._members[0][0], table)]
-        self._chained, self._is_merged = None, True
 
     def _recorder(self, call: str) -> LeftOut:
         self._left_out.append(LeftOut(call))
@@ -349,23 +337,6 @@ class Dataset:
                 hint="call encode() first",
             )
         return self._encoded
-
-    def _indices(self, meta: DatasetMeta | None) -> list[int]:
-        """Return which members a step is for."""
-        if not self._members:
-            raise StateError("the dataset has no data yet", hint="call add_dataset() first")
-        if meta is not None and self._is_merged:
-            raise StateError(
-                "the data sets are one by now, and dataset_meta names one of several",
-                hint="map() and filter() it before mix_dataset() and encode()",
-            )
-        found = [index for index, (known, _) in enumerate(self._members) if meta in (None, known)]
-        if not found:
-            raise ConfigError(
-                f"{meta.describe() if meta else meta} was not added to this dataset",
-                hint=f"it has {', '.join(known.describe() for known, _ in self._members)}",
-            )
-        return found
 
     def _before_encode(self, call: str) -> None:
         if self._is_encoded:

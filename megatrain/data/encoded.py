@@ -38,6 +38,9 @@ NUMBERS = "__numbers__"
 """The column with the names of what is made of numbers in EXTRA, which a loss may take, one a
 line."""
 
+SIZES = ("length", "num_labels", *CHOSEN, KEY, NUMBERS)
+"""Columns that say of a row what is asked before it is read."""
+
 ENCODED_FEATURES = Features(
     {
         **{name: List(Value("int32")) for name in TOKENS},
@@ -140,15 +143,16 @@ class EncodedRows:
 
     def __init__(self, table: datasets.Dataset) -> None:
         self._table = table
-        columns = ["length", "num_labels", *CHOSEN, KEY, NUMBERS]
-        sizes = table.select_columns(columns).with_format("arrow")[:]
+        sizes = table.select_columns(list(SIZES)).with_format("arrow")[:]
         self.lengths: npt.NDArray[np.int64] = sizes["length"].to_numpy()
         self.num_labels: npt.NDArray[np.int64] = sizes["num_labels"].to_numpy()
         self.keys: npt.NDArray[np.int64] = sizes[KEY].to_numpy()
         self._chosen = [sizes[name].fill_null(-1).to_numpy() for name in CHOSEN]
         self.has_pairs = bool((self._chosen[0] >= 0).any())
-        names = sizes[NUMBERS].unique().to_pylist()
-        self.numbers = sorted({name for text in names for name in text.split("\n") if name})
+        texts = sizes[NUMBERS].combine_chunks().dictionary_encode()
+        self._kinds = [_names(text) for text in texts.dictionary.to_pylist()]
+        self._kind: npt.NDArray[np.int32] = texts.indices.to_numpy()
+        self.numbers = sorted({name for names in self._kinds for name in names})
         """Columns made of numbers, beside the tokens, in any of the rows."""
 
     def __len__(self) -> int:
@@ -167,6 +171,7 @@ class EncodedRows:
             lambda: public(self._table[index]),
             {**sizes, KEY: self.keys[index]},
             chosen if chosen[0] >= 0 else None,
+            self._kinds[self._kind[index]],
             stopwatch,
         )
 
@@ -191,37 +196,57 @@ class EncodeStored:
 
 
 class LazyRows:
-    """Rows that are encoded each time they are asked for; nothing is stored."""
+    """Rows that are encoded when they are needed; nothing is stored but their sizes.
+
+    A row's length is known by encoding it alone, so the first time it is encoded when it is asked
+    for, and from then on when it is read.
+    """
 
     def __init__(self, table: datasets.Dataset, encode: Callable[[dict[str, Any]], Any]) -> None:
         self._table, self._encode = table, encode
+        self._sizes: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._table)
 
     def row(self, index: int, stopwatch: Stopwatch | None = None) -> Row:
-        """Return row `index`, encoded.  Raises DataError for a row that the template drops."""
-        return as_row(self._encode(self._table[index]), stopwatch)
+        """Return row `index`.  Raises DataError for a row that the template drops."""
+        if index in self._sizes:
+            return as_row(self._sizes[index], stopwatch, read=lambda: self._stored(index))
+        stored = self._stored(index)
+        self._sizes[index] = {name: stored[name] for name in SIZES}
+        return as_row(stored, stopwatch)
+
+    def _stored(self, index: int) -> dict[str, Any]:
+        encoded: dict[str, Any] = self._encode(self._table[index])
+        return encoded
 
 
-def as_row(stored: dict[str, Any], stopwatch: Stopwatch | None = None) -> Row:
-    """Return a row whose columns are in memory."""
+def as_row(
+    stored: dict[str, Any],
+    stopwatch: Stopwatch | None = None,
+    read: Callable[[], dict[str, Any]] | None = None,
+) -> Row:
+    """Return a row whose columns are in memory, or of which SIZES are and `read` gets them all."""
     chosen = None
     if stored[CHOSEN[0]] is not None:
         chosen = (int(stored[CHOSEN[0]]), int(stored[CHOSEN[1]]))
-    return _row(lambda: public(stored), stored, chosen, stopwatch)
+    whole = read or (lambda: stored)
+    return _row(lambda: public(whole()), stored, chosen, _names(stored[NUMBERS]), stopwatch)
 
 
 def _row(
     read: Callable[[], dict[str, Any]],
     sizes: Mapping[str, Any],
     chosen: tuple[int, int] | None,
+    numbers: Sequence[str],
     stopwatch: Stopwatch | None,
 ) -> Row:
     options: dict[str, Any] = {
         "key": key_text(sizes[KEY]),
         "num_tokens": int(sizes["length"]),
         "num_labels": int(sizes["num_labels"]),
+        "numbers": numbers,
         "stopwatch": stopwatch,
     }
     return Row(read, **options) if chosen is None else PairRow(read, chosen=chosen, **options)
@@ -260,6 +285,11 @@ def digest(parts: Iterable[bytes]) -> int:
         total.update(len(part).to_bytes(8, "big"))
         total.update(part)
     return int.from_bytes(total.digest(), "big", signed=True)
+
+
+def _names(numbers: str) -> list[str]:
+    """Return the names in a value of NUMBERS."""
+    return [name for name in numbers.split("\n") if name]
 
 
 def _is_numbers(value: Any) -> bool:

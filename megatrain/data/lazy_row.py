@@ -1,7 +1,9 @@
 """One row of a global batch: its sizes are known, its tokens are read when they are needed."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,10 +31,19 @@ class Stopwatch:
 class Row(Mapping[str, Any]):
     """A datum as a mapping (megatrain.types.LazyRow), read once, on first access to its content.
 
-    `length` and `num_labels` are answered without reading.
+    `length`, `num_labels` and the names in `numbers` are known without reading.
     """
 
-    __slots__ = ("_content", "_read", "_stopwatch", "key", "num_labels", "num_tokens")
+    __slots__ = (
+        "_content",
+        "_lock",
+        "_read",
+        "_stopwatch",
+        "key",
+        "num_labels",
+        "num_tokens",
+        "numbers",
+    )
 
     def __init__(
         self,
@@ -41,12 +52,15 @@ class Row(Mapping[str, Any]):
         key: str,
         num_tokens: int,
         num_labels: int,
+        numbers: Collection[str] = (),
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.key, self.num_tokens, self.num_labels = key, num_tokens, num_labels
+        self.numbers = numbers
         self._read = read
         self._stopwatch = stopwatch or Stopwatch()
         self._content: Mapping[str, Any] | None = None
+        self._lock = threading.Lock()
 
     @property
     def is_read(self) -> bool:
@@ -72,5 +86,16 @@ class Row(Mapping[str, Any]):
     def _whole(self) -> Mapping[str, Any]:
         if self._content is None:
             with self._stopwatch:
-                self._content = self._read()
+                self._load()
+        assert self._content is not None
         return self._content
+
+    def read_ahead(self) -> None:
+        """Read the content in a thread, while nobody waits; an error is left to who needs it."""
+        with contextlib.suppress(Exception):  # it comes up again when the row is used
+            self._load()
+
+    def _load(self) -> None:
+        with self._lock:
+            if self._content is None:
+                self._content = self._read()

@@ -3,37 +3,22 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.dataset import Dataset
+from megatrain.data.global_batch import Choose, GlobalBatch, read_chosen
 from megatrain.data.lazy_row import Stopwatch
+from megatrain.data.loader_state import LoaderState, check_numbers, check_state
 from megatrain.data.prefetch import Prefetch
 from megatrain.errors import ConfigError, DataError
 from megatrain.parallel.layout import DeviceMesh
 
-type Batch = list[Mapping[str, Any]]
-type _Place = tuple[int, int, Batch]
+type _Place = tuple[int, int, GlobalBatch]
 """An epoch, the samples of it that were handed out, and the last batch of them."""
 type Rows = Dataset | Sequence[Mapping[str, Any]]
-
-
-class LoaderState(TypedDict):
-    """Where a loader stands, as JSON takes it."""
-
-    consumed_train_samples: int
-    """Samples handed to the caller over all epochs, the batch in hand included."""
-    epoch: int
-    position: int
-    """Samples of this epoch that have been handed out."""
-    seed: int
-    shuffle: bool
-    num_samples: int | None
-    """Samples of an epoch, before a tail is left out; None for a stream."""
-    fingerprint: str | None
-    """Digits of the encoded rows' content; None where rows are not stored."""
 
 
 class DataLoader:
@@ -41,6 +26,10 @@ class DataLoader:
 
     Rows of an encoded Dataset are not read yet (megatrain.data.lazy_row.Row): a rank reads only
     those that the trainer gives it, and the trainer balances tokens over data-parallel ranks.
+    Which these will be is known from the first batch on, and they are read ahead.
+
+    A plan over ranks needs every row's length, which a stream, and encode(lazy=True) in its first
+    epoch, have by encoding alone: there each rank encodes the whole global batch, ahead.
 
     Each `for` loop is one epoch.  With `shuffle` its order depends on `seed` and the epoch's number
     alone; a stream is shuffled within a window.  A loop that was left early is not gone on with:
@@ -63,15 +52,14 @@ class DataLoader:
 
         An epoch's last batch is smaller where batch_size does not divide the samples; it is left
         out if it has fewer rows than `min_batch_size` (default 1), or with `drop_last` (the same as
-        min_batch_size=batch_size).  `prefetch` batches are made ahead, in a thread, where making
-        them takes time: for streams and lazy encoding.  With `device_mesh`, batches smaller than
-        its data-parallel ranks, some of which would idle at every step, are refused.  Raises
-        ConfigError.
+        min_batch_size=batch_size).  `prefetch` batches are made ahead in a thread.  With
+        `device_mesh`, batches smaller than its data-parallel ranks, some of which would idle at
+        every step, are refused.  Raises ConfigError.
         """
-        _check_numbers(batch_size=batch_size, prefetch=prefetch, seed=seed)
+        check_numbers(batch_size=batch_size, prefetch=prefetch, seed=seed)
         _check_bools(shuffle=shuffle, drop_last=drop_last)
         if min_batch_size is not None:
-            _check_numbers(min_batch_size=min_batch_size)
+            check_numbers(min_batch_size=min_batch_size)
         if drop_last and min_batch_size not in (None, batch_size):
             raise ConfigError(
                 f"drop_last=True means min_batch_size={batch_size}: got {min_batch_size}",
@@ -85,6 +73,7 @@ class DataLoader:
         self.shuffle, self.seed = shuffle, seed
         self._prefetch = prefetch
         self._watch = Stopwatch()
+        self._choose: Choose | None = None
         self._consumed = self._epoch = self._position = 0
         self._next: tuple[int, int] | None = (0, 0)
         self._check_dataset()
@@ -106,7 +95,7 @@ class DataLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next loop be this epoch; the place in it is kept if it is the current one."""
-        _check_numbers(epoch=epoch)
+        check_numbers(epoch=epoch)
         if self._next is None or self._next[0] != epoch:
             self._next = (epoch, 0)
 
@@ -134,7 +123,7 @@ class DataLoader:
         if isinstance(consumed_train_samples, Mapping):
             self._resume_state(consumed_train_samples)
             return
-        _check_numbers(consumed_train_samples=consumed_train_samples)
+        check_numbers(consumed_train_samples=consumed_train_samples)
         consumed = int(consumed_train_samples)
         self._consumed = consumed
         self._next = (0, consumed)
@@ -142,13 +131,13 @@ class DataLoader:
             self._next = divmod(consumed, self._without_tail(self._num_samples()))
         self._epoch, self._position = self._next
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[GlobalBatch]:
         start = self._next or (self._epoch + 1, 0)
         self._next = None
         self._epoch, self._position = start
         return self._hand_out()
 
-    def _hand_out(self) -> Iterator[Batch]:
+    def _hand_out(self) -> Iterator[GlobalBatch]:
         """Yield batches to the caller, counting what it waits and what it gets."""
         batches = self._batches(self._epoch, self._position)
         with closing(self._read_ahead(batches)) as ready:
@@ -162,10 +151,19 @@ class DataLoader:
                 yield batch
 
     def _read_ahead(self, batches: Iterator[_Place]) -> Any:
-        """Let a thread make the batches, if making one takes more than making a list of Rows."""
-        if self._prefetch and isinstance(self.dataset, Dataset) and self.dataset.is_read_at_once:
-            return Prefetch(batches, self._prefetch)
+        """Let a thread make the batches, and read what this rank needs of them."""
+        if self._prefetch and isinstance(self.dataset, Dataset):
+            return Prefetch(self._with_own_rows(batches), self._prefetch)
         return batches
+
+    def _with_own_rows(self, batches: Iterator[_Place]) -> Iterator[_Place]:
+        """Yield batches whose rows are read as far as the trainer said that it reads them here."""
+        for place in batches:
+            read_chosen(place[2], self._choose)
+            yield place
+
+    def _tell(self, choose: Choose) -> None:
+        self._choose = choose
 
     def _batches(self, epoch: int, position: int) -> Iterator[_Place]:
         """Yield (epoch, samples of it handed out, batch) of one epoch from `position` on.
@@ -176,7 +174,7 @@ class DataLoader:
         epoch, position, rows = self._open(epoch, position)
         while True:
             before = position
-            while batch := list(itertools.islice(rows, self.batch_size)):
+            while batch := GlobalBatch(itertools.islice(rows, self.batch_size), self._tell):
                 if len(batch) < self.min_batch_size:
                     break
                 position += len(batch)
@@ -228,39 +226,11 @@ class DataLoader:
         return isinstance(self.dataset, Dataset) and self.dataset.streaming
 
     def _resume_state(self, state: Mapping[str, Any]) -> None:
-        unknown = state.keys() ^ LoaderState.__annotations__.keys()
-        if unknown:
-            raise ConfigError(
-                f"not a state of a DataLoader: it has {sorted(state)}",
-                hint=f"give get_state()'s value, with {sorted(LoaderState.__annotations__)}",
-            )
-        now: Mapping[str, Any] = self.get_state()
-        for name in ("seed", "shuffle"):
-            if state[name] != now[name]:
-                raise ConfigError(
-                    f"the order was made with {name}={state[name]}, and this loader has "
-                    f"{now[name]}",
-                    hint=f"make the loader with {name}={state[name]}",
-                )
-        for name in ("num_samples", "fingerprint"):
-            if state[name] != now[name]:
-                raise ConfigError(
-                    f"the state is of other data: {name}={state[name]}, and this loader has "
-                    f"{now[name]}",
-                    hint="make the dataset as it was, with the same files, steps and template; or "
-                    "give consumed_train_samples alone to go on with other data",
-                )
+        check_state(state, self.get_state())
         epoch, position = state["epoch"], state["position"]
-        consumed = state["consumed_train_samples"]
-        _check_numbers(epoch=epoch, position=position, consumed_train_samples=consumed)
-        if not self._is_stream and position > self._num_samples():
-            raise ConfigError(
-                f"position={position} is behind the end of an epoch of {self._num_samples()}",
-                hint="give get_state()'s value as it was",
-            )
         if not self._is_stream and not self._without_tail(self._num_samples() - position):
             epoch, position = epoch + 1, 0
-        self._consumed = consumed
+        self._consumed = state["consumed_train_samples"]
         self._next = self._epoch, self._position = epoch, position
 
     def _fingerprint(self) -> str | None:
@@ -287,13 +257,6 @@ class DataLoader:
             )
         if isinstance(dataset, Dataset) and dataset.is_encoded and not dataset.is_read_at_once:
             dataset.row(0)  # a PackingDataset that is not packed says so now
-
-
-def _check_numbers(**options: Any) -> None:
-    for name, value in options.items():
-        is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not is_number or value < 0:
-            raise ConfigError(f"{name} must be a whole number, 0 or more: got {value!r}")
 
 
 def _check_bools(**options: Any) -> None:

@@ -1,6 +1,6 @@
 """A preference pair that is not read yet: two rows, chosen and rejected, of known sizes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from megatrain.data.lazy_row import Row, Stopwatch
@@ -21,11 +21,17 @@ class PairRow(Row):
         num_tokens: int,
         num_labels: int,
         chosen: tuple[int, int],
+        numbers: Collection[str] = (),
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """`chosen` is the number of tokens and of labels of the first side."""
         super().__init__(
-            read, key=key, num_tokens=num_tokens, num_labels=num_labels, stopwatch=stopwatch
+            read,
+            key=key,
+            num_tokens=num_tokens,
+            num_labels=num_labels,
+            numbers=numbers,
+            stopwatch=stopwatch,
         )
         rejected = (num_tokens - chosen[0], num_labels - chosen[1])
         self.sides = (self._side("chosen", *chosen), self._side("rejected", *rejected))
@@ -36,6 +42,11 @@ class PairRow(Row):
             key=f"{self.key}/{side}",
             num_tokens=num_tokens,
             num_labels=num_labels,
+            numbers=[
+                name.removeprefix(f"{side}_")
+                for name in self.numbers
+                if name.startswith(f"{side}_")
+            ],
         )
 
 

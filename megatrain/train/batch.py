@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from megatrain.errors import DataError
 from megatrain.model.microbatch import MicroBatch
 from megatrain.parallel.groups import Groups
-from megatrain.train.bins import plan_bins
+from megatrain.train.bins import Dealer
 from megatrain.train.datum import BatchRules, Datum, read_content
 from megatrain.train.loss_inputs import check_alike
 from megatrain.train.pack import PackedDatum, Packer
@@ -32,13 +32,14 @@ class BatchPlan:
         mesh = groups.mesh
         self.unit = 1 if rules.loss is None else rules.loss.unit
         units = [self.data[i : i + self.unit] for i in range(0, len(self.data), self.unit)]
-        bins = plan_bins(
-            [sum(datum.size for datum in unit) for unit in units],
+        self.dealer = Dealer(
             num_ranks=mesh.dp,
+            rank=groups.collection.dp.rank(),
             multiple=mesh.pp if mesh.vpp > 1 else 1,
             max_tokens=max_tokens,
             max_data=max_data and max(1, max_data // self.unit),
         )
+        bins = self.dealer.deal([sum(datum.size for datum in unit) for unit in units])
         self.bins = [[datum.index for i in members for datum in units[i]] for members in bins]
         self.num_slots = sum(datum.size for datum in data)
 

@@ -1,10 +1,38 @@
 """Data dealt into bins of about the same length: arithmetic only, no torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatrain.config.model import DEFAULT_TOKENS_PER_MICROBATCH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dealer:
+    """How batches are dealt to data parallel ranks, and which of them this one is."""
+
+    num_ranks: int
+    rank: int
+    multiple: int
+    max_tokens: int | None
+    max_data: int | None
+    """All but `rank` as in plan_bins."""
+
+    def deal(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the bins of data of these lengths."""
+        return plan_bins(
+            lengths,
+            num_ranks=self.num_ranks,
+            multiple=self.multiple,
+            max_tokens=self.max_tokens,
+            max_data=self.max_data,
+        )
+
+    def own(self, lengths: Sequence[int]) -> list[int]:
+        """Return the data that this rank reads."""
+        own = self.deal(lengths)[self.rank :: self.num_ranks]
+        return [index for members in own for index in members]
 
 
 def plan_bins(

@@ -36,9 +36,11 @@ def collect(
     `rows` and `totals` are what Network.run returned.  Collective over all ranks.
     """
     plan, groups = packed.plan, packed.plan.groups
-    mine = torch.zeros(1 + 2 * len(objective.names), dtype=torch.float64, device=groups.device)
+    mine = torch.zeros(2 + 2 * len(objective.names), dtype=torch.float64, device=groups.device)
     for each in totals:
-        mine += each
+        mine[:-1] += each
+    if groups.is_last_stage and groups.tp.rank() == 0 and groups.collection.cp.rank() == 0:
+        mine[-1] = sum(batch.squares for batch in packed.batches)
     if objective.failure is not None:
         status = _FAILED
     else:
@@ -47,7 +49,8 @@ def collect(
     if isinstance(flat, Exception):
         return objective.failure or flat
     dist.all_reduce(mine)
-    loss_sum, statistics = objective.summary(mine.tolist())
+    *sums, squares = mine.tolist()
+    loss_sum, statistics = objective.summary(sums)
     values = flat.cpu().numpy()
     return StepOutput(
         loss=loss_sum / packed.divisor if packed.divisor else 0.0,
@@ -56,6 +59,7 @@ def collect(
         divisor=packed.divisor,
         statistics={name: s / c for name, (s, c) in statistics.items() if c},
         counts={name: c for name, (_, c) in statistics.items() if c},
+        squares=squares,
     )
 
 

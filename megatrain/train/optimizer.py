@@ -35,15 +35,14 @@ class GradientAccumulator:
 
     def __init__(self, trained: Sequence[TrainedParameter], groups: Groups) -> None:
         self.groups = groups
-        kinds = {
-            is_expert: [t for t in trained if t.is_expert == is_expert]
-            for is_expert in (False, True)
-        }
+        # A score head stays whole beside a base that is sharded over the fsdp axis.
+        kinds: dict[tuple[bool, bool], list[TrainedParameter]] = {}
+        for each in trained:
+            kind = each.is_expert, isinstance(each.parameter, DTensor)
+            kinds.setdefault(kind, []).append(each)
         # A stage without trained parameters still takes part in collectives over all ranks.
         self.shards = [
-            make_shards(members, groups, is_expert=is_expert)
-            for is_expert, members in kinds.items()
-            if members
+            make_shards(kinds[kind], groups, is_expert=kind[0]) for kind in sorted(kinds)
         ]
         self.divisor = 0.0
         self.is_reduced = False

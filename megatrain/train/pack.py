@@ -89,6 +89,7 @@ class Packer:
                 num_sequences=flat.num_sequences,
                 inputs={name: self._tensor(values) for name, values in inputs.items()},
             ),
+            squares=float(sum(n * n for m in members for n in m.content.lengths)),
             extra_targets_NK=extra,
         )
 

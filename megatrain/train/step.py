@@ -9,7 +9,7 @@ comes at the step, so that neither the packing nor the number of calls changes a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,7 @@ class Trainer:
                 f"gradient_accumulation_steps must be at least 1: {accumulation_steps}"
             )
         if name == BASE:
-            parameters = self.network.train_base()
+            parameters = self.network.train_base(seed=self.seed)
         else:
             parameters = self.network.adapters[name].trained_parameters()
         gradients = GradientAccumulator(parameters, self.network.groups)
@@ -177,9 +177,9 @@ class Trainer:
     ) -> StepOutput:
         """Return log-probabilities, and the loss, under an adapter, or the base for BASE.
 
-        The loss is the adapter's if the call brings what it needs.  It is the cross-entropy of all
-        labels where it needs inputs and the call has none, where data are no whole pairs, and for
-        a base that is not trained.  Collective.
+        The loss is the adapter's if the call, or its data, bring what it needs.  It is the
+        cross-entropy of all labels where neither do, where data are no whole pairs, and for a base
+        that is not trained.  Collective.
         """
         call = Call(name, loss_inputs or {}, micro_batch_size, prepare, False)
         plan = plan_call(inputs, call, self.network, self._loss)
@@ -197,9 +197,8 @@ class Trainer:
         if call.loss_inputs:
             return loss
         needed = {key for key, spec in loss.inputs.items() if spec.required}
-        first = inputs[0] if is_whole and inputs else None
-        if isinstance(first, Mapping) and not isinstance(first, LazyRow):  # that would read it
-            needed -= first.keys()
+        if needed and is_whole:
+            needed -= {name for datum in inputs for name in _columns(datum)}
         return CrossEntropyLoss() if needed or not is_whole else loss
 
     def _run(self, plan: PackedPlan, *, train: bool, step: int) -> StepOutput:
@@ -272,6 +271,13 @@ class Trainer:
         """Forget an adapter's gradients, and the calls that led to them."""
         self.trained[name].gradients.zero()
         self.trained[name].num_calls = 0
+
+
+def _columns(datum: Any) -> Collection[str]:
+    """Return the names of what a datum brings for a loss; a LazyRow is not read for it."""
+    if isinstance(datum, LazyRow):
+        return datum.numbers
+    return datum.keys() if isinstance(datum, Mapping) else ()
 
 
 def _check_max_norm(max_grad_norm: float) -> None:

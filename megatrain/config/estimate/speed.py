@@ -130,9 +130,12 @@ def step_time(
     traffic = _layer_traffic(shape, mesh, training, link) * shape.layers / mesh.pp
     width = mesh.tp * mesh.cp * mesh.dp
     states = training.microbatch / mesh.cp / mesh.tp * shape.hidden * training.bytes
-    stages = 2 * states / link(width * mesh.pp) if mesh.pp > 1 else 0.0
+    # Interleaving sends a micro-batch through every rank once for each of its chunks.
+    stages = 2 * mesh.vpp * states / link(width * mesh.pp) if mesh.pp > 1 else 0.0
+    sharded = getattr(mesh, "fsdp", 1)
+    stages += _gathering(training, sharded, ranks) / link(mesh.tp * mesh.cp * sharded)
     most = max(rank.gradients for rank in ranks)
-    sharing = mesh.dp * mesh.cp
+    sharing = mesh.dp * mesh.cp // sharded
     gradients = 2 * most * (sharing - 1) / sharing / link(width) if sharing > 1 else 0.0
     return StepTime(
         compute=compute,
@@ -140,6 +143,13 @@ def step_time(
         communication=batches * (traffic + stages),
         gradients=gradients,
     )
+
+
+def _gathering(training: Training, sharded: int, ranks: list[RankMemory]) -> float:
+    """Return the bytes that fsdp moves for a micro-batch: weights twice, and their gradients."""
+    entries = max(sum(rank.parameters.values()) for rank in ranks)
+    each = 2 * training.bytes + (4 if training.trains_all else 0)
+    return entries * each * (sharded - 1) / sharded
 
 
 def _layer_traffic(
@@ -155,7 +165,11 @@ def _layer_traffic(
     if mesh.cp > 1:
         kv = 2 * tokens * shape.groups * shape.head_dim / mesh.tp * training.bytes
         seconds += 3 * kv * (mesh.cp - 1) / link(mesh.tp * mesh.cp)
-    if shape.experts is not None and mesh.ep > 1:
+    if shape.experts is not None:
         routed = whole / mesh.tp * shape.experts.per_token
-        seconds += 4 * routed * (mesh.ep - 1) / mesh.ep / link(mesh.ep * mesh.etp)
+        if mesh.ep > 1:
+            seconds += 4 * routed * (mesh.ep - 1) / mesh.ep / link(mesh.ep * mesh.etp)
+        if mesh.etp > 1:
+            # Each of an expert's ranks gathers what was sent to the others, and sums come back.
+            seconds += 4 * routed * (mesh.etp - 1) / link(mesh.etp)
     return seconds

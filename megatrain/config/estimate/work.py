@@ -48,11 +48,11 @@ class Work:
         )
 
     @classmethod
-    def of_shape(cls, shape: ModelShape) -> "Work":
-        """Count a model from its sizes alone."""
+    def of_shape(cls, shape: ModelShape, *, with_head: bool = True) -> "Work":
+        """Count a model from its sizes alone; a reward model has no output layer."""
         whole = [linear for i in range(shape.layers) for linear in layer_linears(shape, i)]
         ends = embedding(shape).total * (1 if shape.tied else 2) + shape.hidden
-        active = float(head(shape).total)
+        active = float(head(shape).total) if with_head else 0.0
         for linear in whole:
             if linear.kind != "norm":
                 experts = shape.experts
@@ -64,21 +64,29 @@ class Work:
     def forward_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of a forward pass over these sequences."""
         # q k^T and p v are 2 S^2 width each; causal attention needs half of both.
-        return self._flops(lengths, linear=2.0, attention=2.0)
+        return self._sum(sum(lengths), _squares(lengths), linear=2.0, attention=2.0)
 
     def lora_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of forward and backward with a frozen base."""
-        # Attention has no weights to freeze: its backward is twice its forward.
-        return self._flops(lengths, linear=4.0, attention=6.0)
+        return self.train_flops(lengths, is_frozen=True)
 
     def full_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of forward and backward when all parameters are trained."""
-        return self._flops(lengths, linear=6.0, attention=6.0)
+        return self.train_flops(lengths, is_frozen=False)
 
     def train_flops(self, lengths: Sequence[int], *, is_frozen: bool) -> float:
         """Return the FLOPs of forward and backward."""
-        return self.lora_flops(lengths) if is_frozen else self.full_flops(lengths)
+        return self.flops_of(sum(lengths), _squares(lengths), is_frozen=is_frozen)
 
-    def _flops(self, lengths: Sequence[int], *, linear: float, attention: float) -> float:
-        tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    def flops_of(self, tokens: float, squares: float, *, is_frozen: bool) -> float:
+        """Return the same from the sum of the lengths and of their squares."""
+        # Attention has no weights to freeze: its backward is twice its forward.
+        linear = 4.0 if is_frozen else 6.0
+        return self._sum(tokens, squares, linear=linear, attention=6.0)
+
+    def _sum(self, tokens: float, squares: float, *, linear: float, attention: float) -> float:
         return linear * self.active_parameters * tokens + attention * self.attention_width * squares
+
+
+def _squares(lengths: Sequence[int]) -> float:
+    return sum(length * length for length in lengths)

@@ -13,6 +13,7 @@ from megatrain.config.run.sections import (
     LossSection,
     MeshSection,
     ModelSection,
+    Named,
     OptimizerSection,
     ReportSection,
     ScheduleSection,
@@ -66,6 +67,8 @@ class RunConfig(Section):
     """PEFT's options; by default r = 8 on all linear layers."""
     data: DataSection
     """Rows."""
+    processor: Named | None = None
+    """Turns rows into model inputs; InputProcessor by default."""
     loss: LossSection = LossSection()
     """Name and options of the loss; by default the recipe's."""
     optimizer: OptimizerSection = OptimizerSection()
@@ -84,6 +87,10 @@ class RunConfig(Section):
             raise ValueError("data.train must name at least one source: it is empty")
         if self.full and self.lora is not None:
             raise ValueError("full = true trains all parameters: leave [lora] out")
+        if train.adapter is not None and (self.full or self.lora is not None):
+            raise ValueError(
+                "train.adapter brings its own LoRA options: leave [lora] and full = true out"
+            )
         if data.packing and self.recipe not in ONE_ROW_RECIPES:
             raise ValueError(
                 f"packing is for {' and '.join(ONE_ROW_RECIPES)}: recipe={self.recipe!r}"

@@ -152,7 +152,8 @@ class DataSection(Section):
     load_from_cache_file: bool = True
     """Take mapped and encoded rows from an earlier run's cache."""
     trust_remote_code: bool = False
-    """Allow preprocessors, filters, templates and losses from files and hub repositories."""
+    """Allow preprocessors, filters, templates, processors and losses from files and hub
+    repositories."""
 
 
 class ScheduleSection(Named):
@@ -199,10 +200,15 @@ class TrainSection(Section):
     """Evaluations in a row without a better best_metric after which training ends."""
     log_every: PositiveInt = 1
     """Optimizer steps between lines of metrics.jsonl."""
+    adapter: str | None = None
+    """A PEFT adapter to start from: a folder, a hub's id or a URL.  Its options take the place of
+    [lora]; what is resumed counts more."""
     resume: str = "none"
     """`none`, `auto` (the newest checkpoint in output_dir, if there is one), or a checkpoint."""
     skip_damaged: bool = False
     """With resume = auto: pass over checkpoints that are incomplete or altered."""
+    other_data: bool = False
+    """With resume: go on after as many rows although the seed, the order or the data are others."""
     overwrite: bool = False
     """Delete an earlier run's results in output_dir."""
 
@@ -210,6 +216,8 @@ class TrainSection(Section):
     def _fits_together(self) -> Self:
         if self.skip_damaged and self.resume != "auto":
             raise ValueError(f'skip_damaged needs resume = "auto": resume={self.resume!r}')
+        if self.other_data and self.resume == "none":
+            raise ValueError('other_data is for going on: resume = "none"')
         if self.overwrite and self.resume == "auto":
             raise ValueError('overwrite deletes what resume = "auto" looks for; choose one')
         if self.keep is not None and self.save_every is None:

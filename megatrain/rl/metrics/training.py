@@ -7,25 +7,29 @@ from megatrain.types import StepOutput
 
 
 class LossMetric(Metric):
-    """Loss over all calls, each weighted by its label tokens, and their number."""
+    """Loss over all calls, each weighted by its divisor, and the number of label tokens.
+
+    The divisor is what the loss is a mean over: labels, sequences or pairs.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self._sum, self._tokens = 0.0, 0
+        self._sum, self._divisor, self._tokens = 0.0, 0.0, 0
 
     def accumulate(self, inputs: Any, outputs: StepOutput) -> None:
-        """Add one call's loss, a mean over its label tokens."""
-        self._sum += outputs.loss * outputs.num_tokens
+        """Add one call's loss."""
+        self._sum += outputs.loss * outputs.divisor
+        self._divisor += outputs.divisor
         self._tokens += outputs.num_tokens
 
     def calculate(self) -> dict[str, float]:
         """Return loss and label_tokens."""
-        if not self._tokens:
+        if not self._divisor:
             return {}
-        return {"loss": self._sum / self._tokens, "label_tokens": float(self._tokens)}
+        return {"loss": self._sum / self._divisor, "label_tokens": float(self._tokens)}
 
 
 class TokenAccuracyMetric(Metric):

@@ -1,6 +1,6 @@
 """Sums over labels, sequences and pairs.  N labels, S sequences, P = S / 2 pairs.
 
-Sums are over a mask, not index_add: CUDA's adds in any order, and a step shall be the same again.
+Sums are over segments, not index_add: CUDA's adds in any order, and a step shall be the same again.
 """
 
 import torch
@@ -9,16 +9,23 @@ from torch import Tensor
 
 def sequence_sums(values_N: Tensor, sequence_N: Tensor, num_sequences: int) -> Tensor:
     """Return (S,): the sum of `values_N` over each sequence's labels."""
-    return torch.where(_members(sequence_N, num_sequences), values_N, 0.0).sum(1)
+    counts_S = _counts(sequence_N, num_sequences)
+    # One after the other, so in float64: a long sequence would lose digits in float32.
+    sums_S = torch.segment_reduce(
+        values_N.double(), "sum", lengths=counts_S, unsafe=True, initial=0.0
+    )
+    return sums_S.to(values_N.dtype)
 
 
 def label_counts(sequence_N: Tensor, num_sequences: int) -> Tensor:
     """Return (S,) float32: how many labels a sequence has, at least 1 so that it can divide."""
-    return _members(sequence_N, num_sequences).sum(1).clamp(min=1).float()
+    return _counts(sequence_N, num_sequences).clamp(min=1).float()
 
 
-def _members(sequence_N: Tensor, num_sequences: int) -> Tensor:
-    return sequence_N == torch.arange(num_sequences, device=sequence_N.device)[:, None]
+def _counts(sequence_N: Tensor, num_sequences: int) -> Tensor:
+    """Return (S,) int64: how many labels a sequence has; they are in the order of the sequences."""
+    borders = torch.arange(num_sequences + 1, device=sequence_N.device)
+    return torch.searchsorted(sequence_N, borders).diff()
 
 
 def split_pairs(values_S: Tensor) -> tuple[Tensor, Tensor]:

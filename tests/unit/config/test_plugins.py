@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
+import megatrain
 from megatrain.config import plugins
 from megatrain.config.plugins import build, known_names, register, resolve
 from megatrain.data.filters import Filter, LengthFilter
@@ -210,3 +211,23 @@ def test_looking_up_data_plug_ins_imports_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_script_builds_any_kind_by_name(file):
+    reward = megatrain.build("reward", "GSM8KAccuracyReward")
+    assert isinstance(reward, megatrain.Reward)
+    advantage = megatrain.build("advantage", "GRPOAdvantage")
+    assert advantage([1.0, 3.0], num_generations=2).tolist() == pytest.approx(
+        [-0.7071, 0.7071], abs=1e-3
+    )
+    metric = megatrain.build("metric", "ThroughputMetric", num_devices=2)
+    metric.accumulate([{"length": 8}], seconds=2.0)
+    assert metric.calculate()["tokens_per_second_per_device"] == 2.0
+    assert megatrain.build("loss", "GRPOLoss", epsilon=0.1).epsilon == 0.1
+    short = megatrain.build("filter", f"{file}:Short", trust_remote_code=True, limit=2)
+    assert short({"text": "a"})
+    assert not short({"text": "ab"})
+    with pytest.raises(ConfigError, match="would run a file's code"):
+        megatrain.build("filter", f"{file}:Short")
+    with pytest.raises(ConfigError, match="has no option 'num_device'"):
+        megatrain.build("metric", "ThroughputMetric", num_device=2)

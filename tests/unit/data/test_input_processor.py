@@ -12,7 +12,7 @@ from megatrain.errors import DataError
 class Unread(Mapping):
     """A LazyRow whose content must not be touched."""
 
-    key, num_tokens, num_labels = "row 7", 5, 3
+    key, num_tokens, num_labels, numbers = "row 7", 5, 3, ()
 
     def _refuse(self, *unused):
         raise AssertionError("the row was read")
@@ -62,9 +62,15 @@ def test_a_pair_that_is_not_read_becomes_two_data_that_are_read_once():
         "rejected_labels": [-100, 4],
     }
     row = PairRow(
-        lambda: reads.append(1) or pair, key="k", num_tokens=5, num_labels=3, chosen=(3, 2)
+        lambda: reads.append(1) or pair,
+        key="k",
+        num_tokens=5,
+        num_labels=3,
+        numbers=["chosen_ref_logps", "label"],
+        chosen=(3, 2),
     )
     chosen, rejected = InputProcessor()([row])
+    assert [list(side.numbers) for side in (chosen, rejected)] == [["ref_logps"], []]
     assert [(side.num_tokens, side.num_labels) for side in (chosen, rejected)] == [(3, 2), (2, 1)]
     assert chosen.key != rejected.key
     assert reads == []

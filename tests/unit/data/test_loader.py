@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import datasets
 import pytest
 
 from megatrain.data.dataset import Dataset
+from megatrain.data.lazy_row import Row
 from megatrain.data.loader import DataLoader
 from megatrain.data.meta import DatasetMeta
 from megatrain.data.packed_dataset import PackingDataset
@@ -111,6 +112,17 @@ def test_rows_are_read_when_they_are_used(path: Path) -> None:
     assert batch[3]["input_ids"] == list(b"qqqq3")
     assert [row.is_read for row in batch].count(True) == 1  # type: ignore[attr-defined]
     assert loader.wait_seconds > before
+
+
+@kinds
+def test_rows_say_which_columns_are_numbers_without_being_read(tmp_path: Path, kind: str) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    rows = [{**chat, "label": True}, {**chat, "weights": [0.5, 1.0], "name": "x"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = next(iter(DataLoader(encoded(file, **KINDS[kind]), 2)))
+    assert [list(row.numbers) for row in batch] == [["label"], ["weights"]]  # type: ignore[attr-defined]
+    assert not any(row.is_read for row in batch)  # type: ignore[attr-defined]
 
 
 @kinds
@@ -301,12 +313,14 @@ def test_batches_are_made_while_the_caller_works(path: Path) -> None:
             made.append(threading.current_thread().name)
             return super().encode(row, add_generation_prompt)
 
-    dataset = Dataset(path).set_template(Slow()).encode(lazy=True)
-    waiting = DataLoader(dataset, batch_size=1, prefetch=0)
+    def lazy() -> Dataset:
+        return Dataset(path).set_template(Slow()).encode(lazy=True)
+
+    waiting = DataLoader(lazy(), batch_size=1, prefetch=0)
     assert len(list(waiting)) == NUM_ROWS
     assert waiting.wait_seconds >= NUM_ROWS * 0.005
     made.clear()
-    ahead = iter(DataLoader(dataset, batch_size=1, prefetch=2))
+    ahead = iter(DataLoader(lazy(), batch_size=1, prefetch=2))
     next(ahead)
     deadline = time.monotonic() + 60
     while len(made) < 3 and time.monotonic() < deadline:
@@ -314,3 +328,67 @@ def test_batches_are_made_while_the_caller_works(path: Path) -> None:
     assert len(made) >= 3
     assert set(made) == {"megatrain-data"}
     ahead.close()  # type: ignore[attr-defined]
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Wait for a thread, up to a minute."""
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def first_half(lengths: Sequence[int]) -> list[int]:
+    """What a rank might read."""
+    return list(range(len(lengths) // 2))
+
+
+def test_stored_rows_that_this_rank_needs_are_read_ahead(path: Path) -> None:
+    loader = DataLoader(encoded(path), batch_size=2, prefetch=1)
+    batches = iter(loader)
+    next(batches).read_ahead(first_half)
+    for _ in range(2):  # made before it was known what is needed
+        next(batches)
+    batch = next(batches)
+    assert until(lambda: batch[0].is_read)
+    assert not batch[1].is_read
+    waited = loader.wait_seconds
+    assert batch[0]["length"] == len(batch[0]["input_ids"])
+    assert loader.wait_seconds == waited  # nothing was read where the caller waits
+    batches.close()
+
+
+def test_a_row_that_cannot_be_read_ahead_is_an_error_where_it_is_used() -> None:
+    def fail() -> dict[str, Any]:
+        raise DataError("the file is gone")
+
+    row = Row(fail, key="k", num_tokens=3, num_labels=2)
+    row.read_ahead()
+    assert not row.is_read
+    with pytest.raises(DataError, match="gone"):
+        row["input_ids"]
+
+
+def test_lazy_rows_are_encoded_in_the_first_epoch_and_then_where_they_are_needed(
+    path: Path,
+) -> None:
+    encoded_rows: list[str] = []
+
+    class Spy(ByteTemplate):
+        """Says what it encodes."""
+
+        def encode(self, row: Any, add_generation_prompt: bool = False) -> dict[str, Any] | None:
+            encoded_rows.append(row["messages"][-1]["content"])
+            return super().encode(row, add_generation_prompt)
+
+    loader = DataLoader(Dataset(path).set_template(Spy()).encode(lazy=True), 2, prefetch=1)
+    first = [row for batch in loader for row in batch]
+    assert sorted(encoded_rows) == [str(index) for index in range(NUM_ROWS)]
+    encoded_rows.clear()
+    for batch in loader:
+        batch.read_ahead(first_half)
+    again = [row for batch in loader for row in batch]
+    assert {*encoded_rows} <= {"0", "2", "4", "6", "8"}
+    assert len(encoded_rows) >= 5
+    assert [row.key for row in again] == [row.key for row in first]  # type: ignore[attr-defined]
+    assert [dict(row) for row in again] == [dict(row) for row in first]

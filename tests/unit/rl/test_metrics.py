@@ -19,9 +19,12 @@ from megatrain.rl.metrics import (
 from megatrain.types import StepOutput
 
 
-def output(loss, num_tokens, **statistics):
-    """Return a step's output without log-probabilities."""
-    return StepOutput(loss=loss, logps=[], num_tokens=num_tokens, statistics=statistics)
+def output(loss, num_tokens, divisor=None, **statistics):
+    """Return a step's output without log-probabilities; by default a mean over labels."""
+    divisor = float(num_tokens if divisor is None else divisor)
+    return StepOutput(
+        loss=loss, logps=[], num_tokens=num_tokens, divisor=divisor, statistics=statistics
+    )
 
 
 def test_completion_rewards_are_means_and_deviations_until_reset():
@@ -63,6 +66,13 @@ def test_loss_and_accuracy_are_weighted_by_label_tokens():
     loss.reset()
     accuracy.reset()
     assert loss.calculate() == accuracy.calculate() == {}
+
+
+def test_a_loss_of_pairs_is_weighted_by_pairs_not_by_their_labels():
+    loss = LossMetric()
+    for each in (output(0.2, 900, divisor=1), output(0.8, 100, divisor=3)):
+        loss.accumulate(None, each)
+    assert loss.calculate() == {"loss": pytest.approx(0.65), "label_tokens": 1000.0}
 
 
 def test_gradient_norms_between_steps_do_not_count():
