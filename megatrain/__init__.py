@@ -10,6 +10,7 @@ from megatrain.config.plugins import BUILT_IN
 from megatrain.parallel.layout import DeviceMesh as DeviceMesh
 
 if TYPE_CHECKING:
+    from megatrain.api.build import build as build
     from megatrain.api.megatron_model import MegatronModel as MegatronModel
     from megatrain.api.placement import get_device_placement as get_device_placement
     from megatrain.api.session import initialize as initialize
@@ -48,6 +49,7 @@ _HOMES = {
     "Reward": "megatrain.rl.reward",
     "StepOutput": "megatrain.types",
     "Trajectory": "megatrain.types",
+    "build": "megatrain.api.build",
     "get_device_placement": "megatrain.api.placement",
     "get_logger": "megatrain.log",
     "latest_state": "megatrain.export.state.retention",

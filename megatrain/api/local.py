@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatrain.api.session import Session
+from megatrain.api.start_from import imported
 from megatrain.checkpoint.locate import locate
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
@@ -19,13 +20,14 @@ from megatrain.export.skeleton import Skeleton
 from megatrain.export.state.collect import collect
 from megatrain.export.state.fits import check_fits
 from megatrain.export.state.folder import State
+from megatrain.export.state.record import StateRecord, read_record
 from megatrain.export.state.restore import open_state, restore
-from megatrain.model.base import base_slices
 from megatrain.model.network import Network, build_network
 from megatrain.model.patch import apply_to_model
 from megatrain.platforms.choose import prepare
 from megatrain.train.losses.make import make_loss
 from megatrain.train.step import BASE, Trainer
+from megatrain.train.utilisation import Utilisation as Utilisation
 
 
 def open_model(model_id: str, config: ModelConfig, session: Session) -> Trainer:
@@ -97,7 +99,7 @@ def _check_exportable(network: Network, spec: LoraSpec) -> None:
 def state_dict(trainer: Trainer, name: str) -> dict[str, Any] | None:
     """Return an adapter's, or the base's, whole tensors on rank 0, None elsewhere.  Collective."""
     network = trainer.network
-    slices = base_slices(network.table) if name == BASE else network.adapters[name].slices()
+    slices = network.base_slices() if name == BASE else network.adapters[name].slices()
     return gather(slices, network.groups)
 
 
@@ -133,7 +135,13 @@ def save(
         state = State(*collected)
     more: dict[str, Any] = {"folder": network.folder, "state": state, "background": background}
     if name == BASE:
-        save_checkpoint(directory, network.table, network.groups, **more)
+        save_checkpoint(
+            directory,
+            network.base_slices(),
+            network.groups,
+            has_score=network.has_scores,
+            **more,
+        )
     else:
         adapter = network.adapters[name]
         save_adapter(directory, adapter, network.groups, base_model=model_id, **more)
@@ -152,6 +160,20 @@ def resume(
     What is not there yet is made as it was saved: adapter, optimizer, schedule.
     """
     checkpoint, record = open_state(checkpoint, trainer.network.groups, use_previous=use_previous)
+    _restore(trainer, name, checkpoint, record)
+    return {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}
+
+
+def load(trainer: Trainer, name: str | None, place: str) -> None:
+    """Give an adapter the weights of one in PEFT's format; make it if it is not there."""
+    with imported(trainer, place) as state:
+        record = read_record(state)
+        if name is None:
+            name = next(iter(trainer.trained), record.adapter)
+        _restore(trainer, name, state, record)
+
+
+def _restore(trainer: Trainer, name: str | None, checkpoint: Path, record: StateRecord) -> None:
     if name is None:
         known = trainer.trained
         name = record.adapter if record.adapter in known or not known else next(iter(known))
@@ -168,4 +190,3 @@ def resume(
                 accumulation_steps=record.accumulation_steps,
             )
     restore(trainer, name, checkpoint, record)
-    return {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class MegatronModel:
         self._engine = local
         self._trainer = local.open_model(str(model_id), config, self._session)
         self._network = self._trainer.network
-        self._metrics: defaultdict[str, Metrics] = defaultdict(Metrics)
+        self._utilisation = local.Utilisation(self._network)
+        self._metrics: dict[str, Metrics] = {}
         self._inputs: defaultdict[str, Inputs] = defaultdict(Inputs)
 
     def add_adapter_to_model(
@@ -118,7 +120,7 @@ class MegatronModel:
         """
         name = self._name(adapter_name)
         self._engine.set_loss(self._trainer, name, loss_cls, options, trust=trust_remote_code)
-        self._metrics[name] = Metrics()
+        self._metrics.pop(name, None)
 
     def set_processor(
         self,
@@ -185,7 +187,7 @@ class MegatronModel:
             micro_batch_size=micro_batch_size,
             prepare=self._inputs[name],
         )
-        self._metrics[name].add(output, time.perf_counter() - start)
+        self._metrics_of(name).add(output, time.perf_counter() - start)
         return output
 
     def forward_only(
@@ -219,7 +221,7 @@ class MegatronModel:
         name = self._name(adapter_name)
         norm = self._trainer.clip_grad_and_step(name, max_grad_norm)
         if norm is not None:
-            self._metrics[name].grad_norm = norm
+            self._metrics_of(name).grad_norm = norm
         return norm
 
     def clip_grad_norm(
@@ -228,7 +230,7 @@ class MegatronModel:
         """Sum gradients over ranks, clip their global norm, return it as it was."""
         name = self._name(adapter_name)
         norm = self._trainer.clip_grad_norm(name, max_grad_norm)
-        self._metrics[name].grad_norm = norm
+        self._metrics_of(name).grad_norm = norm
         return norm
 
     def step(self, *, adapter_name: str | None = None) -> None:
@@ -252,7 +254,10 @@ class MegatronModel:
         """Return metrics of the training calls since the last time, and start anew.
 
         Keys: loss, what the loss reports (token_accuracy among it), tokens, label_tokens,
-        tokens_per_second, step, and, of the last step, lr and grad_norm.
+        tokens_per_second, step, and, of the last step, lr and grad_norm.  For families whose
+        arithmetic is known, mfu: what forward and backward need (4 FLOPs a token and parameter for
+        an adapter, 6 for all parameters, and attention) over the peak of all devices in the seconds
+        of forward_backward; a maker's figure, or a matrix product measured on the first call.
         """
         name = self._name(adapter_name)
         if not is_training:
@@ -261,7 +266,7 @@ class MegatronModel:
                 hint="forward_only returns loss and logps of an evaluation batch",
             )
         trained = self._trainer.trained[name]
-        result = self._metrics[name].take()
+        result = self._metrics_of(name).take()
         if trained.last_lr is not None:
             result["lr"] = trained.last_lr
         result["step"] = float(trained.step)
@@ -327,6 +332,19 @@ class MegatronModel:
         """Wait for a save in the background.  Raises ExportError if it failed.  Collective."""
         self._engine.wait_for_save(self._trainer)
 
+    def load(self, adapter: str | Path, *, adapter_name: str | None = None) -> None:
+        """Start from an adapter in PEFT's format: a folder, a hub's id or a URL.  Collective.
+
+        An adapter that is not there yet is made with the options of the file, as "default" unless
+        `adapter_name` says another; one that is there must have the same.  Steps begin at 0; an
+        optimizer is chosen as for a new adapter.  A whole training state, with its optimizer and
+        step, is for `resume_from_checkpoint`.
+
+        Raises CheckpointError or ConfigError, before anything has changed, for a file that is
+        damaged, that does not fit the base, or that asks for what is not supported (DoRA).
+        """
+        self._engine.load(self._trainer, adapter_name, str(adapter))
+
     def resume_from_checkpoint(
         self,
         resume_from_checkpoint: str | Path,
@@ -347,6 +365,11 @@ class MegatronModel:
         """
         path = Path(resume_from_checkpoint)
         return self._engine.resume(self._trainer, adapter_name, path, use_previous=use_previous)
+
+    def _metrics_of(self, name: str) -> Metrics:
+        if name not in self._metrics:
+            self._metrics[name] = Metrics(partial(self._utilisation, is_frozen=name != BASE))
+        return self._metrics[name]
 
     def _name(self, adapter_name: str | None) -> str:
         """Return the adapter that is meant: the first one if none is named, or the base."""

@@ -21,12 +21,12 @@ from megatrain.cli.bench.job import Job
 from megatrain.cli.bench.memory import PeakMemory, Stopwatch, measurement
 from megatrain.cli.bench.turns import Answer, Unit, serve
 from megatrain.cli.quickstart.child import report_failure
+from megatrain.train.gemm import gemm_rate
 from megatrain.types import IGNORED_LABEL
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 GEMM_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
-GEMM_REPEATS = 5
 
 
 class Peer:
@@ -58,7 +58,7 @@ class Peer:
 
     def _do(self, unit: Unit) -> Answer:
         if unit["phase"] == "gemm":
-            return {"flops_per_second": gemm_rate(self.device, DTYPES[self.job.dtype])}
+            return {"flops_per_second": fastest_gemm(self.device, DTYPES[self.job.dtype])}
         self._set_checkpointing(unit["checkpointing"])
         batches = self._batches(padded=unit["padded"])
         match unit["phase"]:
@@ -148,17 +148,9 @@ class Peer:
             yield members, ids_BS.to(self.device)
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+def fastest_gemm(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOPs per second of the fastest square matrix product."""
-    best = 0.0
-    for size in GEMM_SIZES[device.type]:
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        left @ right
-        for _ in range(GEMM_REPEATS):
-            with Stopwatch(device) as watch:
-                left @ right
-            best = max(best, 2.0 * size**3 / watch.seconds)
-    return best
+    return max(gemm_rate(device, dtype, size=size) for size in GEMM_SIZES[device.type])
 
 
 def _load(job: Job, device: torch.device) -> PeftModel:

@@ -57,12 +57,21 @@ def torchrun(module: str, *arguments: str, world_size: int) -> list[str]:
 
 
 def run_child(
-    command: list[str], *, name: str, logs: Path, processes: int = 1, progress: Progress | None
+    command: list[str],
+    *,
+    name: str,
+    logs: Path,
+    processes: int = 1,
+    progress: Progress | None,
+    stall_timeout_s: float | None = STALL_TIMEOUT_S,
 ) -> None:
     """Run a process to its end and show its progress.
 
+    Without `progress` it stands still all the time: `stall_timeout_s`, None for no limit, is then
+    the time that it has in all.
+
     Raises ChildFailedError, with the traceback of the rank that failed first, when it fails or
-    stands still for STALL_TIMEOUT_S.
+    stands still for longer.
     """
     log = logs / f"{name.replace(' ', '_')}.log"
     with (
@@ -72,12 +81,12 @@ def run_child(
         ) as process,
     ):
         try:
-            stalled = _follow(process, progress)
+            stalled = _follow(process, progress, stall_timeout_s)
         finally:
             _stop(process)
     if stalled:
         raise ChildFailedError(
-            f"{name} must make progress within {STALL_TIMEOUT_S:.0f} s and did not",
+            f"{name} must make progress within {stall_timeout_s:g} s and did not",
             hint=f"its output is in {log}",
         )
     if process.returncode:
@@ -137,7 +146,9 @@ def _environment(processes: int) -> dict[str, str]:
     return os.environ | settings
 
 
-def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> bool:
+def _follow(
+    process: subprocess.Popen[bytes], progress: Progress | None, stall_timeout_s: float | None
+) -> bool:
     """Show progress until the process has ended; return whether it was stuck instead."""
     reader, moved_at = _Reader(progress), time.monotonic()
     with contextlib.closing(reader):
@@ -145,7 +156,7 @@ def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> bool
             time.sleep(POLL_S)
             if reader.read():
                 moved_at = time.monotonic()
-            if time.monotonic() - moved_at > STALL_TIMEOUT_S:
+            if stall_timeout_s is not None and time.monotonic() - moved_at > stall_timeout_s:
                 return True
         reader.read()
     return False

@@ -16,6 +16,7 @@ from megatrain.checkpoint.locate import locate
 from megatrain.cli.train import rows
 from megatrain.cli.train.job import count_steps
 from megatrain.cli.train.mesh import mesh_of
+from megatrain.cli.train.model import adapter_options
 from megatrain.cli.train.recipes import RECIPES, loss_of
 from megatrain.config.estimate import Training, estimate, render
 from megatrain.config.model import DEFAULT_TOKENS_PER_MICROBATCH
@@ -49,7 +50,8 @@ def dry_run(config: RunConfig, *, num_ranks: int) -> None:
     """Print what a run would do.  Raises what the run itself would raise up to its weights."""
     mesh = mesh_of(config, num_ranks)
     loss = loss_of(config)
-    what = "all parameters" if config.full else f"LoRA r={config.lora_spec.r}"  # type: ignore[union-attr]
+    spec = adapter_options(config)
+    what = "all parameters" if spec is None else f"LoRA r={spec.r}"
     print(f"recipe    {config.recipe}: {type(loss).__name__}, {what}, {config.optimizer.name}")
     print(f"layout    {mesh.describe()} on {num_ranks} rank(s)")
     rows.say_progress(shows="RANK" not in os.environ)
@@ -134,7 +136,7 @@ def training_of(config: RunConfig, batches: Sequence[PlannedBatch]) -> Training:
     tokens = sum(batch.tokens for batch in batches)
     return Training(
         precision=config.model.mixed_precision,
-        lora=config.lora_spec,
+        lora=adapter_options(config),
         optimizer=config.optimizer.name,
         recompute=config.model.recompute,
         sequence_length=max(batch.longest for batch in batches),

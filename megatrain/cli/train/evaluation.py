@@ -14,10 +14,17 @@ def evaluate(
     model: Any,
     batches: Iterable[Sequence[Row]],
     loss_inputs: Callable[[Sequence[Row]], Mapping[str, Any]],
-) -> dict[str, float]:
-    """Return `eval_loss`, `eval_<statistic>` and `eval_seconds`.  Collective."""
+    *,
+    is_stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Return `eval_loss`, `eval_<statistic>` and `eval_seconds`.  Collective.
+
+    None if `is_stopped` before all batches are done: a part of them would be another metric.
+    """
     start, means = time.perf_counter(), Means()
     for batch in batches:
+        if is_stopped():
+            return None
         means.add(model.forward_only(inputs=batch, **loss_inputs(batch)))
     metrics = {f"eval_{name}": value for name, value in means.take().items()}
     return metrics | {"eval_seconds": time.perf_counter() - start}

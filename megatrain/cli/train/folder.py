@@ -9,7 +9,16 @@ from megatrain.errors import ConfigError
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 BEST, LAST = "best", "last"
-RESULTS = (BEST, LAST, "metrics.jsonl", "loss.png", "config.json", "logs", "tensorboard")
+RESULTS = (
+    BEST,
+    LAST,
+    "metrics.jsonl",
+    "data.jsonl",
+    "loss.png",
+    "config.json",
+    "logs",
+    "tensorboard",
+)
 """What a run writes beside its checkpoints; `overwrite` deletes nothing else."""
 
 
@@ -23,6 +32,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a line: a training step, or an evaluation."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def positions(self) -> Path:
+        """One JSON object for each checkpoint: where the loader stood, and of which data."""
+        return self.root / "data.jsonl"
 
     @property
     def plot(self) -> Path:

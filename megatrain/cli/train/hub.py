@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from megatrain.config.run.sections import ReportSection
 from megatrain.errors import ConfigError, ExportError
 
 PACKAGES: Mapping[str, str] = {"huggingface": "huggingface_hub", "modelscope": "modelscope"}
+MODELSCOPE_TOKEN = "MODELSCOPE_API_TOKEN"
 LOGIN: Mapping[str, str] = {"huggingface": "hf auth login", "modelscope": "modelscope login"}
 
 
@@ -28,6 +30,8 @@ def check_hub(report: ReportSection) -> None:
         )
     if report.hub == "huggingface":
         _check_hugging_face()
+    else:
+        _check_modelscope()
 
 
 def _check_hugging_face() -> None:
@@ -42,6 +46,15 @@ def _check_hugging_face() -> None:
         raise ConfigError(
             "report.push_to_hub needs a token of the Hugging Face hub",
             hint=f"{LOGIN['huggingface']}, or set HF_TOKEN",
+        )
+
+
+def _check_modelscope() -> None:
+    config: Any = importlib.import_module("modelscope.hub.api").ModelScopeConfig
+    if not os.environ.get(MODELSCOPE_TOKEN) and config.get_cookies() is None:
+        raise ConfigError(
+            "report.push_to_hub needs a login at ModelScope, not older than 30 days",
+            hint=f"{LOGIN['modelscope']}, or set {MODELSCOPE_TOKEN}",
         )
 
 
@@ -77,6 +90,7 @@ def _to_hugging_face(folder: Path, repository: str, private: bool) -> str:
 
 def _to_modelscope(folder: Path, repository: str, private: bool) -> str:
     api: Any = importlib.import_module("modelscope.hub.api").HubApi()
+    api.login()  # with the token of the environment; without one, the login of before holds
     visibility = "private" if private else "public"
     api.create_repo(repository, visibility=visibility, exist_ok=True)
     api.upload_folder(

@@ -13,7 +13,7 @@ from megatrain.cli.quickstart.child import report_failure
 from megatrain.cli.train import rows
 from megatrain.cli.train.folder import RunFolder
 from megatrain.cli.train.history import History
-from megatrain.cli.train.loop import Run, train
+from megatrain.cli.train.loop import train
 from megatrain.cli.train.mesh import mesh_of
 from megatrain.cli.train.model import build_model
 from megatrain.cli.train.progress import Progress
@@ -21,6 +21,7 @@ from megatrain.cli.train.ranks import Ranks, started_rank, started_ranks
 from megatrain.cli.train.recipes import loss_of
 from megatrain.cli.train.reference import LossInputs
 from megatrain.cli.train.resume import resume
+from megatrain.cli.train.run import Run
 from megatrain.cli.train.trackers import TRACKERS, Tracker, flatten
 from megatrain.config.run import RunConfig, parse
 from megatrain.data.loader import DataLoader
@@ -77,7 +78,7 @@ def _prepare_reference(
 ) -> None:
     """Compute the reference of every row, with a loader of its own: the run's must not move."""
     once = rows.evaluation_loader(config, training)  # type: ignore[arg-type]
-    inputs.prepare(batch for loader in (once, eval_loader) if loader for batch in loader)
+    inputs.prepare([once] if eval_loader is None else [once, eval_loader])
 
 
 def _assemble(

@@ -1,97 +1,49 @@
 """The loop of a run: step, tell, evaluate, save; the same on every rank.
 
 train(run)     until all steps are done, a signal comes, or evaluation does not get better
-run.step()     gradient_accumulation_steps batches, one optimizer step
+step(run)      gradient_accumulation_steps batches, one optimizer step
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
+from megatrain.cli.train.checkpoints import keep_newest, save
 from megatrain.cli.train.evaluation import evaluate
-from megatrain.cli.train.folder import BEST, LAST, RunFolder
-from megatrain.cli.train.history import History, Line, plot
+from megatrain.cli.train.folder import BEST, LAST
+from megatrain.cli.train.history import Line, plot
 from megatrain.cli.train.hub import push
-from megatrain.cli.train.progress import Progress, describe
-from megatrain.cli.train.ranks import Ranks
-from megatrain.cli.train.reference import LossInputs
-from megatrain.cli.train.stop import StopRequest
-from megatrain.cli.train.trackers import Tracker
-from megatrain.config.run import RunConfig
-from megatrain.export.state.retention import prune
-
-Batch = Sequence[Mapping[str, Any]]
-
-
-@dataclass(kw_only=True)
-class Run:
-    """What one run consists of, on this rank."""
-
-    config: RunConfig
-    folder: RunFolder
-    ranks: Ranks
-    model: Any
-    loader: Any
-    """Training batches; knows how many rows it has handed out."""
-    eval_loader: Any | None
-    loss_inputs: LossInputs
-    history: History
-    progress: Progress
-    trackers: Sequence[Tracker]
-    steps: int
-    """Optimizer steps of the whole run."""
-    done: int = 0
-    """Optimizer steps so far."""
-    clock: "Clock" = field(default_factory=lambda: Clock())
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        """Calls of forward_backward in one pass over the data; None for a stream."""
-        return None if self.config.data.streaming else len(self.loader)
-
-
-class Clock:
-    """Seconds of steps since they were last told, and how many of them went by waiting for data."""
-
-    def __init__(self) -> None:
-        self._seconds = self._waited = 0.0
-
-    def add(self, seconds: float, *, waited: float) -> None:
-        """Count one step."""
-        self._seconds += seconds
-        self._waited += waited
-
-    def take(self, tokens: float) -> Line:
-        """Return tokens_per_second, seconds and data_wait (a share), and start anew."""
-        line = {
-            "tokens_per_second": tokens / self._seconds,
-            "seconds": self._seconds,
-            "data_wait": self._waited / self._seconds,
-        }
-        self._seconds = self._waited = 0.0
-        return line
+from megatrain.cli.train.progress import describe
+from megatrain.cli.train.run import Batch as Batch
+from megatrain.cli.train.run import Clock as Clock
+from megatrain.cli.train.run import Run as Run
 
 
 def train(run: Run) -> int:
     """Train to the end; return 0, or 128 + the signal that ended it after saving.  Collective."""
+    with run.stop:
+        signal = run_steps(run) or finish(run)
+        if signal:
+            end_early(run, signal)
+            return 128 + signal
+        complete(run)
+    return 0
+
+
+def run_steps(run: Run) -> int:
+    """Take the steps that are left; return the signal that ended them, 0 if none did."""
     section, stream = run.config.train, endless(run)
-    with StopRequest() as stop:
-        while run.done < run.steps:
-            step(run, stream)
-            if section.eval_every and run.done % section.eval_every == 0:
-                evaluate_now(run)
-                if is_worse_for_long(run):
-                    run.progress.say(f"no better {section.best_metric} for {section.early_stop}")
-                    break
-            if signal := run.ranks.largest(stop.signal):
-                save(run, LAST)
-                run.progress.say(f"stopped by signal {signal}; {run.folder.root / LAST} is saved")
-                return 128 + signal
-            if section.save_every and run.done % section.save_every == 0:
-                save(run, f"checkpoint-{run.done}", background=section.background_save)
-                keep_newest(run)
-        finish(run)
+    while run.done < run.steps:
+        step(run, stream)
+        if section.eval_every and run.done % section.eval_every == 0:
+            evaluate_now(run)
+        if signal := run.stop_signal():
+            return signal
+        if is_worse_for_long(run):
+            run.progress.say(f"no better {section.best_metric} for {section.early_stop}")
+            break
+        if section.save_every and run.done % section.save_every == 0:
+            save(run, f"checkpoint-{run.done}", background=section.background_save)
+            keep_newest(run)
     return 0
 
 
@@ -117,11 +69,17 @@ def step(run: Run, stream: Iterator[Batch]) -> None:
     run.clock.add(time.perf_counter() - start, waited=waited)
     line = None
     if run.done % section.log_every == 0 or run.done == run.steps:
-        line = _training_line(run)
-        run.history.add(line)
-        for tracker in run.trackers:
-            tracker.log(without_step(line), run.done)
+        line = tell(run)
     run.progress.step(run.done, line)
+
+
+def tell(run: Run) -> Line:
+    """Write the metrics of the steps since the last time."""
+    line = _training_line(run)
+    run.history.add(line)
+    for tracker in run.trackers:
+        tracker.log(without_step(line), run.done)
+    return line
 
 
 def _training_line(run: Run) -> Line:
@@ -135,10 +93,15 @@ def _training_line(run: Run) -> Line:
 
 
 def evaluate_now(run: Run) -> None:
-    """Evaluate, tell, and save `best` if it is.  Collective."""
+    """Evaluate, tell, and save `best` if it is; nothing if a signal comes.  Collective."""
     if run.eval_loader is None:
         return
-    metrics = evaluate(run.model, run.eval_loader, run.loss_inputs)
+    metrics = evaluate(
+        run.model, run.eval_loader, run.loss_inputs, is_stopped=lambda: bool(run.stop_signal())
+    )
+    if metrics is None:
+        run.progress.say(f"step {run.done}/{run.steps}: evaluation was broken off")
+        return
     run.history.add({"step": run.done, **metrics})
     for tracker in run.trackers:
         tracker.log(metrics, run.done)
@@ -154,39 +117,41 @@ def is_worse_for_long(run: Run) -> bool:
     return patience is not None and run.history.evaluations_since_best() >= patience
 
 
-def save(run: Run, name: str, *, background: bool = False) -> str:
-    """Save a checkpoint that can be resumed.  Collective."""
-    path: str = run.model.save(
-        name,
-        output_dir=run.folder.root,
-        save_optimizer=True,
-        consumed_train_samples=run.loader.get_state()["consumed_train_samples"],
-        background=background,
-    )
-    return path
-
-
-def keep_newest(run: Run) -> None:
-    """Delete older checkpoints; one that is still being written does not count yet."""
-    keep = run.config.train.keep
-    if keep is not None and run.ranks.is_first:
-        prune(run.folder.root, keep, spare=(BEST, LAST))
-
-
-def finish(run: Run) -> None:
-    """Evaluate, save `last`, draw the plot, push to the hub.  Collective."""
+def finish(run: Run) -> int:
+    """Evaluate what was trained unless that is done; return a signal that came, else 0."""
     evaluations = run.history.evaluations
     if not evaluations or evaluations[-1]["step"] != run.done:
         evaluate_now(run)
-    path = save(run, LAST)
+    return run.stop_signal()
+
+
+def complete(run: Run) -> None:
+    """Save `last`, draw the plot, push to the hub.  Collective."""
+    path = save_last(run)
     keep_newest(run)
     report = run.config.report
     if run.ranks.is_first:
-        plot(run.history, run.folder.plot, title=f"{run.config.recipe}: {run.config.model.id}")
         run.progress.say(f"done after {run.done} steps: {path}")
         if report.push_to_hub is not None:
             run.progress.say(f"pushed to {push(run.folder.root / LAST, report)}")
     run.ranks.wait()
+
+
+def end_early(run: Run, signal: int) -> None:
+    """Save, and leave what there is to see, after a signal.  Collective."""
+    path = save_last(run)
+    run.progress.say(f"stopped by signal {signal}; {path} is saved")
+
+
+def save_last(run: Run) -> str:
+    """Save `last`, tell steps that were not told yet, draw the plot.  Collective."""
+    path = save(run, LAST)
+    told = run.history.training
+    if run.done and (not told or told[-1]["step"] != run.done):
+        tell(run)
+    if run.ranks.is_first and run.history.lines:
+        plot(run.history, run.folder.plot, title=f"{run.config.recipe}: {run.config.model.id}")
+    return path
 
 
 def without_step(line: Line) -> Line:

@@ -8,7 +8,16 @@ PLAIN_LINE_EVERY_S = 5.0
 """Seconds between two lines where there is no terminal."""
 SHOWN = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "|g| {:.3f}"}
 """Metrics that come first, and how."""
-COUNTS = ("step", "epoch", "tokens", "label_tokens", "tokens_per_second", "seconds", "data_wait")
+COUNTS = (
+    "step",
+    "epoch",
+    "tokens",
+    "label_tokens",
+    "tokens_per_second",
+    "mfu",
+    "seconds",
+    "data_wait",
+)
 """Metrics that are no result of the loss."""
 
 

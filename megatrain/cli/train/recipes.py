@@ -64,12 +64,6 @@ def loss_of(config: RunConfig) -> Loss:
 
 
 def _check_reference(config: RunConfig, loss: Loss) -> None:
-    if "kl" in loss.inputs and config.full:
-        raise ConfigError(
-            "the reference point of KTO needs the reference model in every step: full = true "
-            "trains it away",
-            hint='train a LoRA adapter, or set loss.kl = 0.0 or loss_type = "apo_zero_unpaired"',
-        )
     if "kl" in loss.inputs and config.train.batch_size < 2:
         raise ConfigError(
             "KTO compares answers with those of other rows: train.batch_size must be at least 2"

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatrain.cli.train.folder import RunFolder
 from megatrain.cli.train.history import History
+from megatrain.cli.train.position import go_to_position
 from megatrain.cli.train.ranks import Ranks
 from megatrain.config.run import RunConfig
 from megatrain.data.loader import DataLoader
@@ -20,7 +21,10 @@ def resume(
     loader: DataLoader,
     history: History,
 ) -> int:
-    """Restore what the configuration asks for; return the optimizer steps done.  Collective."""
+    """Restore what the configuration asks for; return the optimizer steps done.  Collective.
+
+    Raises ConfigError for other data, or another order of them, than the checkpoint was trained on.
+    """
     checkpoint = _chosen(config, folder, ranks)
     if checkpoint is None:
         return 0
@@ -30,10 +34,15 @@ def resume(
             f"{checkpoint} does not say how many rows were trained on",
             hint="save(..., consumed_train_samples=...) does; megatrain train always does",
         )
-    loader.resume_from_checkpoint(state["consumed_train_samples"])
-    history.go_back(state["cur_step"], source=checkpoint.parent / folder.metrics.name)
+    step, consumed = int(state["cur_step"]), int(state["consumed_train_samples"])
+    if config.train.other_data:
+        loader.resume_from_checkpoint(consumed)
+    else:
+        path = checkpoint.parent / folder.positions.name
+        go_to_position(loader, path, step=step, consumed=consumed, data=config.data)
+    history.go_back(step, source=checkpoint.parent / folder.metrics.name)
     ranks.wait()
-    return int(state["cur_step"])
+    return step
 
 
 def _chosen(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Path | None:

@@ -31,9 +31,48 @@ def test_every_layout_of_the_world_is_tried_once():
     assert len(set(found)) == len(found)
     assert {mesh.world_size for mesh in found} == {8}
     # tp * pp * cp * dp = 2^3 has (3 + 3 choose 3) = 20 solutions.
-    assert len(found) == 20
+    assert len([mesh for mesh in found if mesh.vpp == mesh.fsdp == 1]) == 20
+    assert {mesh.vpp for mesh in found} == {1, 2, 4}
+    assert {mesh.fsdp for mesh in found} == {1, 2, 4, 8}
+    assert all(mesh.pp > 1 for mesh in found if mesh.vpp > 1)
     assert max(mesh.tp for mesh in meshes(8, 2, 0)) == 2
     assert DeviceMesh(tp=2, dp=4, ep=8) in set(meshes(8, 8, 128))
+
+
+def test_experts_are_split_over_all_of_tp_or_not_at_all():
+    found = set(meshes(4, 4, 8))
+    assert {(mesh.tp, mesh.etp) for mesh in found} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 4)}
+    assert {mesh.etp for mesh in meshes(4, 4, 8, splits_experts=False)} == {1}
+
+
+def test_a_whole_model_that_does_not_fit_replicated_is_sharded():
+    """8.2 G parameters in bf16 with float32 gradients: 49 GB on every rank unless they are cut."""
+    config = command.load_config("qwen3-8b")
+    found = candidates(config, Training(lora=None), Cluster("h100", 8, 8, 80e9))
+    by_mesh = {each.mesh: each for each in found}
+    plain, sharded = by_mesh[DeviceMesh(dp=8)], by_mesh[DeviceMesh(dp=8, fsdp=8)]
+    assert not plain.fits
+    assert sharded.fits
+    whole, part = plain.estimate.ranks[0], sharded.estimate.ranks[0]
+    assert part.gradients == pytest.approx(whole.gradients / 8, rel=1e-6)
+    assert part.weights < whole.weights / 3  # an eighth, and two gathered embeddings
+    assert sharded.estimate.time.communication > plain.estimate.time.communication
+
+
+def test_interleaving_waits_less_and_sends_more():
+    config = command.load_config("qwen3-8b")
+    found = candidates(config, Training(), Cluster("h100", 8, 8, 80e9))
+    by_mesh = {each.mesh: each.estimate.time for each in found}
+    plain, interleaved = by_mesh[DeviceMesh(pp=2, dp=4)], by_mesh[DeviceMesh(pp=2, dp=4, vpp=2)]
+    assert interleaved.bubble == pytest.approx(plain.bubble / 2)
+    assert interleaved.communication > plain.communication
+
+
+def test_muon_on_a_whole_model_is_not_planned_with_fsdp():
+    config = command.load_config("qwen3-8b")
+    training = Training(lora=None, optimizer="Muon")
+    found = candidates(config, training, Cluster("h100", 8, 8, 80e9))
+    assert {each.mesh.fsdp for each in found} == {1}
 
 
 def test_what_fits_comes_first_and_is_ranked_by_time():

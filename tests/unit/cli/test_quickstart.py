@@ -237,11 +237,19 @@ def test_a_child_that_fails_before_it_can_report_is_told_with_its_first_tracebac
     assert "no_such_module" in str(raised.value)
 
 
-def test_a_child_that_stands_still_is_ended_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "STALL_TIMEOUT_S", 0.3)
+def test_a_child_that_stands_still_is_ended_and_named(tmp_path):
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with pytest.raises(child.ChildFailedError, match="train must make progress"):
-        child.run_child(command, name="train", logs=tmp_path, progress=None)
+    options = {"logs": tmp_path, "progress": None, "stall_timeout_s": 0.3}
+    with pytest.raises(child.ChildFailedError, match=r"train must make progress within 0\.3 s"):
+        child.run_child(command, name="train", **options)
+
+
+def test_a_child_without_a_limit_may_stand_still(tmp_path):
+    marker = tmp_path / "done"
+    code = f"import time; time.sleep(0.5); open({str(marker)!r}, 'w').close()"
+    options = {"logs": tmp_path, "progress": None, "stall_timeout_s": None}
+    child.run_child([sys.executable, "-c", code], name="slow", **options)
+    assert marker.exists()
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, capsys):

@@ -64,6 +64,15 @@ class Loader(list):
 
     wait_seconds = 0.0
 
+    def __init__(self, batches, on_batch=lambda number: None) -> None:
+        super().__init__(batches)
+        self.on_batch = on_batch
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            self.on_batch(number)
+            yield batch
+
     def get_state(self):
         return {"consumed_train_samples": 0}
 
@@ -128,4 +137,40 @@ def test_a_signal_ends_the_run_after_the_step_in_hand_with_a_checkpoint(number, 
     assert loop.train(run) == 128 + number
     assert run.done == 2
     assert run.model.saved == ["last"]
+    assert (tmp_path / "loss.png").is_file()
     assert signal.getsignal(number) is before
+
+
+def test_steps_that_were_not_told_yet_are_told_when_a_signal_ends_the_run(tmp_path):
+    run = counting_run(tmp_path, "train.log_every=5")
+    run.model.at_step[3] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    loop.train(run)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3]
+
+
+def test_steps_that_were_not_told_yet_are_told_when_a_run_ends_early(tmp_path):
+    options = ("train.log_every=5", "train.eval_every=1", "train.early_stop=1")
+    run = counting_run(tmp_path, *options, losses=[1.0, 2.0])
+    assert loop.train(run) == 0
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [2]
+    assert (tmp_path / "loss.png").is_file()
+
+
+@pytest.mark.parametrize(("every", "steps_done"), [(2, 2), (100, 6)])
+def test_a_signal_ends_a_long_evaluation(every, steps_done, tmp_path):
+    """During an evaluation between steps, and during the last one."""
+    run = counting_run(tmp_path, f"train.eval_every={every}", losses=[1.0] * 9)
+    seen = []
+
+    def stop_at_second(number: int) -> None:
+        seen.append(number)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run.eval_loader = Loader([["row"]] * 9, stop_at_second)
+    assert loop.train(run) == 143
+    assert seen == [0, 1]
+    assert run.done == steps_done
+    assert run.model.saved == ["last"]
+    assert not [line for line in read_lines(tmp_path / "metrics.jsonl") if "eval_loss" in line]

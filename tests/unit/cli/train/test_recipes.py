@@ -34,7 +34,6 @@ def test_every_recipe_has_a_loss_that_goes_with_it(recipe):
         ("sft", ["loss.name=DPOLoss"], "takes 2 data a row"),
         ("dpo", ["loss.bta=0.2"], "'bta'"),
         ("dpo", ["loss.name=DPOLos"], "unknown loss 'DPOLos'"),
-        ("kto", ["full=true"], "reference point"),
         ("kto", ["train.batch_size=1"], "at least 2"),
         ("dpo", ["full=true", "data.streaming=true", "train.max_steps=2"], "streaming"),
     ],

@@ -1,5 +1,6 @@
 """Trackers and hubs, with packages that only write down their calls."""
 
+import importlib
 import sys
 import types
 
@@ -117,3 +118,60 @@ def test_a_push_that_fails_says_that_the_folder_is_complete(tmp_path, monkeypatc
         ExportError, match=r"is complete, and huggingface did not take it.*no route"
     ):
         hub.push(tmp_path, ReportSection(push_to_hub="owner/name"))
+
+
+MODELSCOPE = """
+CALLS = []
+COOKIES = []
+
+class ModelScopeConfig:
+    @staticmethod
+    def get_cookies():
+        return COOKIES[0] if COOKIES else None
+
+class HubApi:
+    def __getattr__(self, name):
+        return lambda *args, **options: CALLS.append((name, args, options))
+"""
+
+
+@pytest.fixture
+def modelscope(tmp_path, monkeypatch):
+    """A package of this name that only writes down its calls."""
+    package = tmp_path / "site" / "modelscope"
+    (package / "hub").mkdir(parents=True)
+    for folder in (package, package / "hub"):
+        (folder / "__init__.py").write_text("")
+    (package / "hub" / "api.py").write_text(MODELSCOPE)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+    yield importlib.import_module("modelscope.hub.api")
+    for name in [each for each in sys.modules if each.partition(".")[0] == "modelscope"]:
+        del sys.modules[name]
+
+
+def test_a_push_to_modelscope_needs_a_login_before_training(modelscope, monkeypatch):
+    report = ReportSection(push_to_hub="owner/name", hub="modelscope")
+    with pytest.raises(ConfigError, match="login at ModelScope") as caught:
+        hub.check_hub(report)
+    assert "MODELSCOPE_API_TOKEN" in caught.value.hint
+    modelscope.COOKIES.append({"m_session_id": "x"})
+    hub.check_hub(report)
+    modelscope.COOKIES.clear()
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "x")
+    hub.check_hub(report)
+
+
+@pytest.mark.parametrize(("private", "visibility"), [(True, "private"), (False, "public")])
+def test_a_push_to_modelscope_sends_the_model_without_the_optimizer(
+    private, visibility, modelscope, tmp_path
+):
+    report = ReportSection(push_to_hub="owner/name", hub="modelscope", hub_private=private)
+    assert hub.push(tmp_path, report) == "ms://owner/name"
+    login, created, uploaded = modelscope.CALLS
+    assert login[0] == "login"
+    assert created == ("create_repo", ("owner/name",), {"visibility": visibility, "exist_ok": True})
+    assert uploaded[0] == "upload_folder"
+    assert uploaded[2]["repo_id"] == "owner/name"
+    assert uploaded[2]["folder_path"] == str(tmp_path)
+    assert uploaded[2]["ignore_patterns"] == ["state/*"]
