@@ -38,6 +38,7 @@ METHODS = {
         "adapter_name=None, background=False)"
     ),
     "wait_for_save": "(self)",
+    "load": "(self, adapter, *, adapter_name=None)",
     "resume_from_checkpoint": (
         "(self, resume_from_checkpoint, *, adapter_name=None, use_previous=False)"
     ),

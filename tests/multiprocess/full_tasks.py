@@ -34,6 +34,13 @@ def refuses_adapter_beside_base(folder: Any) -> Any:
     )
 
 
+def optimizer_errors(folder: Any) -> tuple[Any, Any]:
+    """Return the error of an optimizer for all parameters, and then of one for an adapter."""
+    whole = error_of(lambda: make_model(folder, {}).set_optimizer("AdamW", lr=1e-4))
+    model = make_model(folder, {"r": 2, "target_modules": ["q_proj"]})
+    return whole, error_of(lambda: model.set_optimizer("AdamW", lr=1e-4))
+
+
 def train_targets(
     folder: Any, lora: dict[str, Any], batches: Sequence[Batch], output_dir: str
 ) -> dict[str, Any]:

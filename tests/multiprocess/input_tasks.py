@@ -1,10 +1,12 @@
 """What ranks do for test_inputs: rows as datasets give them, good and bad."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+import megatrain
 from megatrain.api.session import current_session
 from tests.multiprocess.data import random_batch
 from tests.multiprocess.loss_tasks import label_counts, pairs
@@ -13,6 +15,8 @@ from tests.multiprocess.tasks import error_of, make_model
 
 class Row(Mapping):
     """A LazyRow that knows whether it was read."""
+
+    numbers = ()
 
     def __init__(self, index: int, datum: dict[str, Any], lie: int = 0) -> None:
         self.key, self.num_tokens = f"row {index}", len(datum["input_ids"]) + lie
@@ -123,3 +127,40 @@ def with_dropout(folder: Any) -> Any:
     losses = [model.forward_backward(inputs=batch).loss for _ in range(2)]
     model.clip_grad_and_step()
     return [*losses, model.forward_backward(inputs=batch).loss]
+
+
+def _training(base: Any, rows: Any, *, lazy: bool) -> tuple[Any, Any]:
+    """Return a model and a loader of conversations."""
+    dataset = megatrain.Dataset(megatrain.DatasetMeta(str(rows)))
+    dataset.set_template("Template", model_id=str(base), max_length=512)
+    model = make_model(base)
+    model.set_optimizer("AdamW", lr=1e-4)
+    return model, megatrain.DataLoader(dataset.encode(lazy=lazy), batch_size=16)
+
+
+def wait_share(base: Any, rows: Any, lazy: bool) -> float:
+    """Return the share of two epochs' time that went by waiting for data, after the first steps."""
+    model, loader = _training(base, rows, lazy=lazy)
+    seconds = waited = 0.0
+    for _ in range(2):
+        start, before = time.perf_counter(), loader.wait_seconds
+        for number, batch in enumerate(loader):
+            model.forward_backward(inputs=batch)
+            model.clip_grad_and_step()
+            if number == 1:  # threads and kernels have been warmed up
+                start, before = time.perf_counter(), loader.wait_seconds
+        seconds += time.perf_counter() - start
+        waited += loader.wait_seconds - before
+    return waited / seconds
+
+
+def rows_read(base: Any, rows: Any) -> Any:
+    """Return which rows of a later batch were read before the model saw it, and after."""
+    model, loader = _training(base, rows, lazy=False)
+    batches = iter(loader)
+    for _ in range(6):
+        model.forward_backward(inputs=next(batches))
+    batch = next(batches)
+    ahead = [row.is_read for row in batch]
+    model.forward_backward(inputs=batch)
+    return ahead, [row.is_read for row in batch]

@@ -34,7 +34,7 @@ def hard_pairs() -> list[dict[str, Any]]:
 
 
 def hard_losses(folder: Any, losses: list[tuple[str, dict[str, Any], list[str]]]) -> list[Any]:
-    """Return loss and statistics of each loss on hard_pairs, packed in two ways."""
+    """Return, for each loss, loss and statistics on hard_pairs, packed in two ways."""
     model = make_model(folder)
     batch = hard_pairs()
     inputs = call_inputs(batch)
@@ -42,9 +42,10 @@ def hard_losses(folder: Any, losses: list[tuple[str, dict[str, Any], list[str]]]
     for name, options, wanted in losses:
         model.set_loss(name, **options)
         given = {key: inputs[key] for key in wanted}
-        for size in (2, 8):
-            output = model.forward_only(inputs=batch, micro_batch_size=size, **given)
-            reports.append((name, output.loss, dict(output.statistics)))
+        outputs = [
+            model.forward_only(inputs=batch, micro_batch_size=size, **given) for size in (2, 8)
+        ]
+        reports.append([(output.loss, dict(output.statistics)) for output in outputs])
     return reports
 
 
@@ -85,11 +86,13 @@ def loss_reports(folder: Any, losses: list[tuple[str, dict[str, Any], list[str]]
     return reports
 
 
-def reward_report(folder: Any, steps: int) -> Any:
-    """Return scores, losses and what was trained by a reward model."""
-    model = make_model(folder, task="reward")
+def reward_report(
+    folder: Any, steps: int, lora: dict[str, Any] | None = None, seed: int = 0
+) -> Any:
+    """Return scores, losses and what was trained by a reward model (all of it for no lora)."""
+    model = make_model(folder, lora, task="reward")
     model.set_optimizer("AdamW", lr=3e-4)
-    batch = pairs()
+    batch = pairs(seed)
     before = model.forward_only(inputs=batch[:3]).logps
     losses, accuracies = [], []
     for _ in range(steps):
@@ -100,9 +103,9 @@ def reward_report(folder: Any, steps: int) -> Any:
     return before, losses, accuracies, model.get_state_dict()
 
 
-def saved_reward_model(folder: Any, output_dir: str) -> Any:
+def saved_reward_model(folder: Any, output_dir: str, lora: dict[str, Any] | None = None) -> Any:
     """Return scores of a trained reward model, saved to `output_dir/reward`."""
-    model = make_model(folder, task="reward")
+    model = make_model(folder, lora, task="reward")
     model.set_optimizer("AdamW", lr=1e-3)
     batch = pairs()
     model.forward_backward(inputs=batch)

@@ -253,9 +253,11 @@ def gathered_in_small_batches(folder: Any) -> dict[str, Any]:
     return {"whole": gather(base_slices(network.table), network.groups), "small": small}
 
 
-def reward_model(folder: Any, path: Any, output_dir: Any) -> dict[str, Any]:
+def reward_model(
+    folder: Any, path: Any, output_dir: Any, lora: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Train a reward model a step, or go on from `path`; save, train two steps."""
-    model = make_model(folder, None if path is None else {}, task="reward")
+    model = make_model(folder, lora if path is None else {}, task="reward")
     if path is None:
         model.set_optimizer("AdamW", lr=1e-4)
         model.forward_backward(inputs=pairs(0))

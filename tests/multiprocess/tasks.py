@@ -183,6 +183,17 @@ def dropout_outputs(folder: Any, lora: dict[str, Any], batch: Batch) -> dict[str
     return {"train": train, "evaluate": model.forward_only(inputs=batch).logps}
 
 
+def mfu_report(folder: Any, lora: dict[str, Any], batch: Batch) -> Any:
+    """Return the metrics of a step and the peak that its mfu is measured against."""
+    from megatrain.train.utilisation import peak_flops
+
+    model = make_model(folder, lora)
+    model.set_optimizer("AdamW", lr=1e-4)
+    model.forward_backward(inputs=batch)
+    metrics = model.calculate_metric()
+    return metrics, peak_flops(model._network.groups.device, "no")
+
+
 def outcome(folder: Any, batch: Batch) -> Any:
     """Return the error of a first forward_backward."""
     model = make_model(folder)

@@ -1,5 +1,6 @@
 """A model trained as a whole is what Transformers trains, on every layout, and is saved as such."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatrain.parallel.layout import DeviceMesh
+from tests.fixtures import quantized_files
 from tests.multiprocess import full_tasks
 from tests.multiprocess.data import random_batch
 from tests.multiprocess.truth import all_logps, hf_model, largest_difference, train
@@ -79,3 +81,25 @@ def test_an_adapter_is_refused_beside_a_base_that_is_trained(ranks, checkpoints)
     )[0]
     assert "StateError" in kinds
     assert "base itself is being trained" in text
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize", "reason"),
+    [
+        ("qwen3", functools.partial(quantized_files.fp8_blocks, block=(16, 16)), "quantised"),
+        ("qwen3_vl", None, "Qwen3VLTextTowerForCausalLM is a part of its checkpoint"),
+        ("gpt_oss", None, "cannot be written back yet"),
+    ],
+    ids=["quantised", "text-tower", "gpt-oss"],
+)
+def test_a_base_that_cannot_be_saved_is_not_trained_as_a_whole(
+    family, quantize, reason, ranks, checkpoints, tmp_path
+):
+    folder = checkpoints(family)
+    if quantize is not None:
+        folder = quantize(folder, tmp_path / "quantised")
+    whole, adapter = ranks.run(full_tasks.optimizer_errors, DeviceMesh(), folder)[0]
+    assert "ConfigError" in whole[0]
+    assert reason in whole[1]
+    assert "add_adapter_to_model" in whole[1]
+    assert adapter is None

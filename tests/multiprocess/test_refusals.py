@@ -313,7 +313,7 @@ CHECKPOINT_ERRORS = {
     "too many columns": r"\(64, 130\).*\(64, 128\)",
     "norm of another size": r"\(65,\).*\(64,\)",
     "small vocabulary": "embed_tokens.*500",
-    "no safetensors": "no \\*\\.safetensors",
+    "no safetensors": "weights are read from safetensors only",
     "no config": r"config\.json",
     "config is not json": r"config\.json",
     "nowhere": "nowhere",

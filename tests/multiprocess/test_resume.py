@@ -131,9 +131,10 @@ def test_all_parameters_rare_targets_and_other_optimizers_go_on(case, ranks, che
 
 
 @pytest.mark.slow
-def test_a_score_head_goes_on_with_its_adapter(ranks, checkpoints, tmp_path):
+@pytest.mark.parametrize("lora", [None, {}], ids=["adapter", "full"])
+def test_a_score_head_goes_on_with_what_it_is_trained_with(lora, ranks, checkpoints, tmp_path):
     task, folder = resume_tasks.reward_model, checkpoints("qwen3")
-    paused = ranks.run(task, DeviceMesh(tp=2, pp=2), folder, None, tmp_path)[0]
+    paused = ranks.run(task, DeviceMesh(tp=2, pp=2), folder, None, tmp_path, lora)[0]
     resumed = ranks.run(task, DeviceMesh(dp=2), folder, paused["path"], tmp_path)[0]
     assert "score.weight" in state_tensors(paused["path"])["exp_avg"]
     assert resumed["losses"] == pytest.approx(paused["losses"], abs=TOLERANCE)
