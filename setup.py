@@ -19,5 +19,5 @@ setup(
         "megatrain_bridges": "bridges/megatrain_bridges",
         "megatrain_kernels": "kernels/megatrain_kernels",
     },
-    package_data={"megatrain": ["py.typed", "quickstart/*.txt", "quickstart/*.jinja"]},
+    package_data={"megatrain": ["config/support.json"]},
 )
