@@ -9,7 +9,11 @@ MegatrainError
 ├── ExportError (ValueError)          a file that does not hold what was trained
 ├── StateError (RuntimeError)         a call that does not fit what was called before
 ├── NonFiniteError (ArithmeticError)  a loss or gradient that is not a number
-└── PlatformError (RuntimeError)      the machine lacks something that was asked for
+├── PlatformError (RuntimeError)      the machine lacks something that was asked for
+└── BusError (ConnectionError)        driver and ranks cannot talk: refused, cut off, malformed
+    ├── RankError                     a rank failed, is lost, or is stuck; says which and where
+    ├── DeadlineError (TimeoutError)  a command was not done in time
+    └── CancelledCommandError         a queued command was cancelled, or given up
 
 Each one is also a standard exception, so that a caller who knows nothing of megatrain can catch it.
 """
@@ -66,3 +70,35 @@ class NonFiniteError(MegatrainError, ArithmeticError):
 
 class PlatformError(MegatrainError, RuntimeError):
     """The machine lacks something that was asked for."""
+
+
+class BusError(MegatrainError, ConnectionError):
+    """Driver and ranks cannot talk: a connection is refused or cut off, or a frame is malformed."""
+
+
+class RankError(BusError):
+    """A rank failed in a way that is no user's mistake, or it is lost or stuck.
+
+    The message names rank, host and command; `traceback` is the rank's own, as text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        rank: int | None = None,
+        host: str = "",
+        command: str = "",
+        traceback: str = "",
+    ) -> None:
+        self.rank, self.host, self.command, self.traceback = rank, host, command, traceback
+        super().__init__(message, hint=hint)
+
+
+class DeadlineError(BusError, TimeoutError):
+    """A command was not done in time."""
+
+
+class CancelledCommandError(BusError):
+    """A queued command was cancelled, or given up after it had failed twice the same way."""

@@ -1,20 +1,25 @@
-"""A model on Megatron, as a script sees it: every rank calls the same methods in one order."""
+"""A model on Megatron, as a script sees it.
 
-import time
+In mode 'local' every rank calls the same methods in one order; in mode 'driver' and 'ray' one
+script calls them, and the ranks are other processes.
+"""
+
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatrain.api.inputs import Inputs
-from megatrain.api.metrics import Metrics
-from megatrain.api.session import joined_session
+from megatrain.api.session import open_model
+from megatrain.bus import commands
+from megatrain.bus.adapter_names import resolve
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
-from megatrain.errors import ConfigError, StateError
+from megatrain.errors import ConfigError
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.types import InputFeature, StepOutput
 
@@ -28,6 +33,7 @@ class MegatronModel:
     Args:
         model_id: a folder, a hub id, `hf://id` or `ms://id`.
         device_mesh: the session's mesh; if `initialize` was not called, it is called with this.
+        remote_group: the group of ranks that holds it, where `initialize` made several.
         mixed_precision: `no` (float32), `bf16` or `fp16` (inference only).
         options: further fields of megatrain.config.model.ModelConfig.
 
@@ -39,23 +45,38 @@ class MegatronModel:
         model_id: str,
         *,
         device_mesh: DeviceMesh | None = None,
+        remote_group: str | None = None,
         mixed_precision: str = "bf16",
         **options: Any,
     ) -> None:
+        given = {"mixed_precision": mixed_precision, **options}
         try:
-            config = ModelConfig(mixed_precision=mixed_precision, **options)  # type: ignore[arg-type]
+            ModelConfig(**given)
         except ValidationError as error:
             raise ConfigError(f"MegatronModel does not take these options: {error}") from error
-        self._session = joined_session(device_mesh)
         self.model_id = model_id
-        from megatrain.api import local  # noqa: PLC0415 - imports torch and Megatron
-
-        self._engine = local
-        self._trainer = local.open_model(str(model_id), config, self._session)
-        self._network = self._trainer.network
-        self._utilisation = local.Utilisation(self._network)
-        self._metrics: dict[str, Metrics] = {}
+        command = commands.OpenModel(
+            model_id=str(model_id),
+            options=given,
+            layout=None if device_mesh is None else device_mesh.to_dict(),
+        )
+        self._engine = open_model(command, device_mesh, remote_group)
         self._inputs: defaultdict[str, Inputs] = defaultdict(Inputs)
+
+    @property
+    def _trainer(self) -> Any:
+        """What trains it on this rank; in mode 'local' only."""
+        return self._engine.host.trainer
+
+    @property
+    def _network(self) -> Any:
+        return self._trainer.network
+
+    def _call(self, command: Any, /, **fields: Any) -> Any:
+        return self._engine.call(command(model=self._engine.key, **fields))
+
+    def _name(self, adapter_name: str | None) -> str:
+        return resolve(adapter_name, self._engine.trained)
 
     def add_adapter_to_model(
         self,
@@ -72,13 +93,14 @@ class MegatronModel:
         steps = gradient_accumulation_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"gradient_accumulation_steps must be an integer >= 1: {steps!r}")
-        self._engine.add_adapter(
-            self._trainer,
-            adapter_name,
-            spec,
-            seed=self._session.seed,
-            accumulation_steps=gradient_accumulation_steps,
+        self._call(
+            commands.AddAdapter, adapter=adapter_name, lora=asdict(spec), accumulation_steps=steps
         )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with its optimizer and gradients; the others stay as they are."""
+        self._call(commands.DeleteAdapter, adapter=adapter_name)
+        self._inputs.pop(adapter_name, None)
 
     def set_optimizer(
         self, optimizer_cls: str = "AdamW", *, adapter_name: str | None = None, **options: Any
@@ -89,10 +111,7 @@ class MegatronModel:
         `offload_optimizer`, and Muon's (train/muon.py).  On a model without adapters, all
         parameters are trained from here on.  Collective.
         """
-        if adapter_name is None and not self._trainer.trained:
-            self._trainer.train_base(optimizer_cls, options)
-            return
-        self._trainer.set_optimizer(self._name(adapter_name), optimizer_cls, options)
+        self._call(commands.SetOptimizer, adapter=adapter_name, kind=optimizer_cls, options=options)
 
     def set_lr_scheduler(
         self, scheduler_cls: str, *, adapter_name: str | None = None, **options: Any
@@ -102,8 +121,7 @@ class MegatronModel:
         Also ConstantWarmupScheduler, LinearWarmupScheduler and CosineWarmupScheduler
         (num_warmup_steps, num_training_steps), and Megatron's "default" (lr_decay_steps, max_lr).
         """
-        name = self._name(adapter_name)
-        self._trainer.set_schedule(name, scheduler_cls, options)
+        self._call(commands.SetSchedule, adapter=adapter_name, kind=scheduler_cls, options=options)
 
     def set_loss(
         self,
@@ -118,9 +136,13 @@ class MegatronModel:
         Options are the loss's own.  `trust_remote_code` allows "file.py:Name" and hub ids, whose
         code is run.  Raises ConfigError for an unknown name or option.
         """
-        name = self._name(adapter_name)
-        self._engine.set_loss(self._trainer, name, loss_cls, options, trust=trust_remote_code)
-        self._metrics.pop(name, None)
+        self._call(
+            commands.SetLoss,
+            adapter=adapter_name,
+            spec=loss_cls,
+            options=options,
+            trust=trust_remote_code,
+        )
 
     def set_processor(
         self,
@@ -162,7 +184,10 @@ class MegatronModel:
 
         `patch_cls` is a name or a subclass of Patch.  Every rank must call it.
         """
-        return self._engine.apply_patch(self._trainer, patch_cls, options, trust=trust_remote_code)
+        applied: bool = self._call(
+            commands.ApplyPatch, spec=patch_cls, options=options, trust=trust_remote_code
+        )
+        return applied
 
     def forward_backward(
         self,
@@ -178,17 +203,53 @@ class MegatronModel:
         one entry a datum, each one number, or a number for each label.  `micro_batch_size` data
         are in a micro-batch, instead of what the model was made with.
         """
-        name = self._name(adapter_name)
-        start = time.perf_counter()
-        output = self._trainer.forward_backward(
-            name,
-            inputs,
-            loss_inputs,
-            micro_batch_size=micro_batch_size,
-            prepare=self._inputs[name],
+        output: StepOutput = self._engine.call(
+            self._pass(
+                commands.ForwardBackward,
+                self._name(adapter_name),
+                inputs,
+                micro_batch_size,
+                loss_inputs,
+            )
         )
-        self._metrics_of(name).add(output, time.perf_counter() - start)
         return output
+
+    def forward_backward_async(
+        self,
+        *,
+        inputs: Sequence[InputFeature],
+        adapter_name: str | None = None,
+        micro_batch_size: int | None = None,
+        timeout_s: float | None = None,
+        **loss_inputs: Any,
+    ) -> "Future[StepOutput]":
+        """Queue a forward_backward and return its future.
+
+        Commands are done in the order of the calls; a queued one can be cancelled.  `timeout_s` is
+        the deadline on the ranks, instead of the kind's own.  In mode 'local' it is done at once.
+        """
+        name = self._name(adapter_name)
+        command = self._pass(commands.ForwardBackward, name, inputs, micro_batch_size, loss_inputs)
+        return self._engine.submit(command, timeout_s)
+
+    def _pass(
+        self,
+        kind: Any,
+        name: str,
+        inputs: Any,
+        micro_batch_size: int | None,
+        loss_inputs: dict[str, Any],
+    ) -> Any:
+        trained = self._engine.trained
+        shared = name if name in trained else next(iter(trained), BASE)
+        return kind(
+            model=self._engine.key,
+            adapter=name,
+            inputs=inputs,
+            loss_inputs=loss_inputs,
+            micro_batch_size=micro_batch_size,
+            prepare=self._inputs[shared],
+        )
 
     def forward_only(
         self,
@@ -203,50 +264,77 @@ class MegatronModel:
         `adapter_name` "" asks for the base although there are adapters.  A loss that needs inputs
         which the call has not, or whole pairs, is replaced by the cross-entropy.
         """
-        base = adapter_name == BASE or (adapter_name is None and not self._trainer.trained)
-        name = BASE if base else self._name(adapter_name)
-        shared = name if name in self._trainer.trained else next(iter(self._trainer.trained), BASE)
-        return self._trainer.forward_only(
-            name,
-            inputs,
-            loss_inputs,
-            micro_batch_size=micro_batch_size,
-            prepare=self._inputs[shared],
+        output: StepOutput = self._engine.call(
+            self._pass(
+                commands.Forward,
+                self._base_or(adapter_name),
+                inputs,
+                micro_batch_size,
+                loss_inputs,
+            )
         )
+        return output
+
+    def forward_only_async(
+        self,
+        *,
+        inputs: Sequence[InputFeature],
+        adapter_name: str | None = None,
+        micro_batch_size: int | None = None,
+        timeout_s: float | None = None,
+        **loss_inputs: Any,
+    ) -> "Future[StepOutput]":
+        """Queue a forward_only and return its future, as forward_backward_async does."""
+        name = self._base_or(adapter_name)
+        command = self._pass(commands.Forward, name, inputs, micro_batch_size, loss_inputs)
+        return self._engine.submit(command, timeout_s)
+
+    def _base_or(self, adapter_name: str | None) -> str:
+        base = adapter_name == BASE or (adapter_name is None and not self._engine.trained)
+        return BASE if base else self._name(adapter_name)
 
     def clip_grad_and_step(
         self, max_grad_norm: float = 1.0, *, adapter_name: str | None = None
     ) -> float | None:
         """Clip, step, zero and move the schedule, on every n-th call; return the norm before."""
-        name = self._name(adapter_name)
-        norm = self._trainer.clip_grad_and_step(name, max_grad_norm)
-        if norm is not None:
-            self._metrics_of(name).grad_norm = norm
+        norm: float | None = self._call(
+            commands.ClipGradAndStep, adapter=adapter_name, max_grad_norm=max_grad_norm
+        )
         return norm
+
+    def clip_grad_and_step_async(
+        self,
+        max_grad_norm: float = 1.0,
+        *,
+        adapter_name: str | None = None,
+        timeout_s: float | None = None,
+    ) -> "Future[float | None]":
+        """Queue a clip_grad_and_step and return its future, as forward_backward_async does."""
+        command = commands.ClipGradAndStep(
+            model=self._engine.key, adapter=adapter_name, max_grad_norm=max_grad_norm
+        )
+        return self._engine.submit(command, timeout_s)
 
     def clip_grad_norm(
         self, max_grad_norm: float = 1.0, *, adapter_name: str | None = None
     ) -> float:
         """Sum gradients over ranks, clip their global norm, return it as it was."""
-        name = self._name(adapter_name)
-        norm = self._trainer.clip_grad_norm(name, max_grad_norm)
-        self._metrics_of(name).grad_norm = norm
+        norm: float = self._call(
+            commands.ClipGradNorm, adapter=adapter_name, max_grad_norm=max_grad_norm
+        )
         return norm
 
     def step(self, *, adapter_name: str | None = None) -> None:
         """Let the optimizer change the adapter."""
-        name = self._name(adapter_name)
-        self._trainer.step(name)
+        self._call(commands.Step, adapter=adapter_name)
 
     def zero_grad(self, *, adapter_name: str | None = None) -> None:
         """Forget the gradients."""
-        name = self._name(adapter_name)
-        self._trainer.zero_grad(name)
+        self._call(commands.ZeroGrad, adapter=adapter_name)
 
     def lr_step(self, *, adapter_name: str | None = None) -> None:
         """Move the learning rate schedule on."""
-        name = self._name(adapter_name)
-        self._trainer.lr_step(name)
+        self._call(commands.LrStep, adapter=adapter_name)
 
     def calculate_metric(
         self, is_training: bool = True, *, adapter_name: str | None = None
@@ -259,41 +347,23 @@ class MegatronModel:
         an adapter, 6 for all parameters, and attention) over the peak of all devices in the seconds
         of forward_backward; a maker's figure, or a matrix product measured on the first call.
         """
-        name = self._name(adapter_name)
         if not is_training:
             raise ConfigError(
                 "calculate_metric has training metrics only: is_training=False",
                 hint="forward_only returns loss and logps of an evaluation batch",
             )
-        trained = self._trainer.trained[name]
-        result = self._metrics_of(name).take()
-        if trained.last_lr is not None:
-            result["lr"] = trained.last_lr
-        result["step"] = float(trained.step)
-        return result
+        metrics: dict[str, float] = self._call(commands.CalculateMetric, adapter=adapter_name)
+        return metrics
 
     def get_train_configs(self, *, adapter_name: str | None = None) -> str:
         """Return one line that says what is trained, how, and on which layout."""
-        name = self._name(adapter_name)
-        trained = self._trainer.trained[name]
-        mesh, config = self._session.groups.mesh, self._network.config
-        what = "all parameters"
-        if name != BASE:
-            spec = self._network.adapters[name].spec
-            what = (
-                f"adapter={name} r={spec.r} lora_alpha={spec.lora_alpha} "
-                f"target_modules={spec.target_modules}"
-            )
-        optimizer = type(trained.optimizer).__name__ if trained.optimizer else "none"
-        return (
-            f"model={self.model_id} layout={mesh.describe()} "
-            f"mixed_precision={config.mixed_precision} {what} optimizer={optimizer} "
-            f"gradient_accumulation_steps={trained.accumulation_steps}"
-        )
+        line: str = self._call(commands.DescribeTraining, adapter=adapter_name)
+        return line
 
     def get_state_dict(self, *, adapter_name: str | None = None) -> dict[str, Any] | None:
         """Return what is trained by Hugging Face's names on rank 0, None elsewhere.  Collective."""
-        return self._engine.state_dict(self._trainer, self._name(adapter_name))
+        tensors: dict[str, Any] | None = self._call(commands.GetState, adapter=adapter_name)
+        return tensors
 
     def save(
         self,
@@ -316,21 +386,19 @@ class MegatronModel:
         Raises ExportError, and leaves what was there before, if the file does not hold what was
         trained; also for a save in the background that failed before.
         """
-        directory = Path(output_dir) / name
-        self._engine.save(
-            self._trainer,
-            self._name(adapter_name),
-            directory,
-            self.model_id,
+        directory: str = self._call(
+            commands.Save,
+            adapter=adapter_name,
+            directory=str(Path(output_dir) / name),
             save_optimizer=save_optimizer,
             consumed_train_samples=consumed_train_samples,
             background=background,
         )
-        return str(directory)
+        return directory
 
     def wait_for_save(self) -> None:
         """Wait for a save in the background.  Raises ExportError if it failed.  Collective."""
-        self._engine.wait_for_save(self._trainer)
+        self._call(commands.WaitForSave)
 
     def load(self, adapter: str | Path, *, adapter_name: str | None = None) -> None:
         """Start from an adapter in PEFT's format: a folder, a hub's id or a URL.  Collective.
@@ -343,7 +411,7 @@ class MegatronModel:
         Raises CheckpointError or ConfigError, before anything has changed, for a file that is
         damaged, that does not fit the base, or that asks for what is not supported (DoRA).
         """
-        self._engine.load(self._trainer, adapter_name, str(adapter))
+        self._call(commands.Load, adapter=adapter_name, place=str(adapter))
 
     def resume_from_checkpoint(
         self,
@@ -363,23 +431,14 @@ class MegatronModel:
         that the complete checkpoint before it in the same folder is taken, with a warning.
         Raises ConfigError for an optimizer or schedule of another kind.
         """
-        path = Path(resume_from_checkpoint)
-        return self._engine.resume(self._trainer, adapter_name, path, use_previous=use_previous)
+        place: dict[str, Any] = self._call(
+            commands.Resume,
+            adapter=adapter_name,
+            checkpoint=str(resume_from_checkpoint),
+            use_previous=use_previous,
+        )
+        return place
 
-    def _metrics_of(self, name: str) -> Metrics:
-        if name not in self._metrics:
-            self._metrics[name] = Metrics(partial(self._utilisation, is_frozen=name != BASE))
-        return self._metrics[name]
-
-    def _name(self, adapter_name: str | None) -> str:
-        """Return the adapter that is meant: the first one if none is named, or the base."""
-        known = self._trainer.trained
-        if adapter_name is None and known:
-            return next(iter(known))
-        if adapter_name is None or adapter_name not in known:
-            names = ", ".join(repr(name) for name in known) or "none"
-            raise StateError(
-                f"there is no adapter called {adapter_name!r}; known: {names}",
-                hint="call add_adapter_to_model first, or set_optimizer to train all parameters",
-            )
-        return adapter_name
+    def close(self) -> None:
+        """Forget the model and all that was trained of it; nothing can be called after this."""
+        self._call(commands.CloseModel)

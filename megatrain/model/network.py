@@ -26,6 +26,7 @@ from megatrain.model.microbatch import MicroBatch
 from megatrain.model.provider import make_bridge, make_provider
 from megatrain.model.score import make_score
 from megatrain.model.tensor_slice import TensorSlice, TrainedParameter
+from megatrain.parallel import phase
 from megatrain.parallel.groups import Groups
 from megatrain.platforms.bridge_import import quiet
 
@@ -73,6 +74,17 @@ class Network:
         )
         self.adapters[name].score = self._make_score(seed)
         return self.adapters[name]
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter's factors away.  No communication."""
+        del self.adapters[name]
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                factors = getattr(module, "lora", None)
+                if isinstance(factors, torch.nn.ModuleDict) and name in factors:
+                    del factors[name]
+        if self.active.name == name:
+            self.active.name = self.head.lora = self.head.score_1H = None
 
     def _make_score(self, seed: int) -> TrainedParameter | None:
         if not self.has_scores or not self.groups.is_last_stage:
@@ -173,6 +185,7 @@ class _ForwardStep:
 
     def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
+        phase.enter(phase.FORWARD)
         output = model(
             batch.input_ids_1T,
             batch.positions_1T,
@@ -194,6 +207,7 @@ class _Result:
     def __call__(self, rows_RN: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tokens = torch.tensor(0, dtype=torch.int, device=rows_RN.device)
         value, kept = self.loss(rows_RN, self.batch)
+        phase.enter(phase.BACKWARD)
         # A copy of what is asked for: a view would keep the other rows of every micro-batch.
         return value, tokens, {"rows": rows_RN[:1].detach().clone(), "kept": kept}
 

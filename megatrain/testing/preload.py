@@ -8,4 +8,4 @@ from megatrain.platforms.bridge_import import import_megatron
 
 import_megatron()
 
-from megatrain.api import local  # noqa: E402, F401
+from megatrain.bus import model_host  # noqa: E402, F401

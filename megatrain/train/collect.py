@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatrain.errors import NonFiniteError, StateError
 from megatrain.model.microbatch import MicroBatch
+from megatrain.parallel import phase
 from megatrain.train.batch import BatchPlan
 from megatrain.train.loss import Loss
 from megatrain.train.objective import Objective
@@ -35,6 +36,7 @@ def collect(
 
     `rows` and `totals` are what Network.run returned.  Collective over all ranks.
     """
+    phase.enter(phase.GATHERING)
     plan, groups = packed.plan, packed.plan.groups
     mine = torch.zeros(2 + 2 * len(objective.names), dtype=torch.float64, device=groups.device)
     for each in totals:

@@ -222,6 +222,18 @@ class ShardedParameters:
         self.grad_Q = None
         self._link_gradients()
 
+    def set_gradients(self, sums_P: Tensor | None, reduced_Q: Tensor | None) -> None:
+        """Set the sums so far, and the reduced gradient if there is one; None is none."""
+        self.zero_grad()
+        if sums_P is not None:
+            self.grad_P.copy_(sums_P)
+        if reduced_Q is not None:
+            self.grad_Q = self.grad_P
+            if self.data_group.size() > 1:
+                self.grad_Q = self.grad_P.new_empty(self.shard_size)
+            self.grad_Q.copy_(reduced_Q)
+            self._link_gradients()
+
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return every state that has a value an entry, by torch's name: float32, (Q,), copies.
 

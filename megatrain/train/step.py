@@ -17,6 +17,7 @@ import torch
 
 from megatrain.errors import ConfigError, NonFiniteError, StateError
 from megatrain.model.network import Network
+from megatrain.parallel import phase
 from megatrain.parallel.dropout import seed_dropout
 from megatrain.train.call import Call, Prepare, plan_call
 from megatrain.train.collect import PackedPlan, collect
@@ -77,6 +78,18 @@ class Trainer:
             parameters = self.network.adapters[name].trained_parameters()
         gradients = GradientAccumulator(parameters, self.network.groups)
         self.trained[name] = Trained(gradients, accumulation_steps, self._default_loss())
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter with its gradients and optimizer; the others stay as they are.
+
+        Raises StateError for the base, whose parameters cannot be taken away.
+        """
+        if name == BASE:
+            raise StateError(
+                "the base itself cannot be deleted", hint="close the model, and open it again"
+            )
+        self.trained.pop(name).gradients.release()
+        self.network.remove_adapter(name)
 
     def _default_loss(self) -> Loss:
         return RewardModelLoss() if self.network.has_scores else CrossEntropyLoss()
@@ -219,6 +232,7 @@ class Trainer:
         """
         _check_max_norm(max_grad_norm)
         trained = self.trained[name]
+        phase.enter(phase.STEPPING)
         norm = trained.gradients.norm()
         if not math.isfinite(norm):
             trained.gradients.zero()
@@ -235,6 +249,7 @@ class Trainer:
         trained, optimizer = self.trained[name], self._optimizer(name)
         if not trained.gradients.is_reduced:
             self.clip_grad_norm(name, math.inf)
+        phase.enter(phase.STEPPING)
         trained.last_lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         for shard in trained.gradients.shards:

@@ -8,8 +8,12 @@ import megatrain
 from megatrain.api.megatron_model import MegatronModel
 
 METHODS = {
-    "__init__": "(self, model_id, *, device_mesh=None, mixed_precision='bf16', **options)",
+    "__init__": (
+        "(self, model_id, *, device_mesh=None, remote_group=None, mixed_precision='bf16', "
+        "**options)"
+    ),
     "add_adapter_to_model": "(self, adapter_name, config, *, gradient_accumulation_steps=1)",
+    "delete_adapter": "(self, adapter_name)",
     "set_optimizer": "(self, optimizer_cls='AdamW', *, adapter_name=None, **options)",
     "set_lr_scheduler": "(self, scheduler_cls, *, adapter_name=None, **options)",
     "set_loss": "(self, loss_cls, *, adapter_name=None, trust_remote_code=False, **options)",
@@ -25,6 +29,13 @@ METHODS = {
         "(self, *, inputs, adapter_name=None, micro_batch_size=None, **loss_inputs)"
     ),
     "forward_only": "(self, *, inputs, adapter_name=None, micro_batch_size=None, **loss_inputs)",
+    "forward_backward_async": (
+        "(self, *, inputs, adapter_name=None, micro_batch_size=None, timeout_s=None, **loss_inputs)"
+    ),
+    "forward_only_async": (
+        "(self, *, inputs, adapter_name=None, micro_batch_size=None, timeout_s=None, **loss_inputs)"
+    ),
+    "clip_grad_and_step_async": ("(self, max_grad_norm=1.0, *, adapter_name=None, timeout_s=None)"),
     "clip_grad_and_step": "(self, max_grad_norm=1.0, *, adapter_name=None)",
     "clip_grad_norm": "(self, max_grad_norm=1.0, *, adapter_name=None)",
     "step": "(self, *, adapter_name=None)",
@@ -38,6 +49,7 @@ METHODS = {
         "adapter_name=None, background=False)"
     ),
     "wait_for_save": "(self)",
+    "close": "(self)",
     "load": "(self, adapter, *, adapter_name=None)",
     "resume_from_checkpoint": (
         "(self, resume_from_checkpoint, *, adapter_name=None, use_previous=False)"
@@ -71,7 +83,17 @@ def test_every_public_name_can_be_had():
 
 def test_initialize_keeps_its_parameters():
     names = list(inspect.signature(megatrain.initialize).parameters)
-    assert names == ["mode", "global_device_mesh", "seed", "platform", "timeout_s", "rendezvous"]
+    assert names == [
+        "mode",
+        "global_device_mesh",
+        "seed",
+        "platform",
+        "timeout_s",
+        "nproc_per_node",
+        "address",
+        "groups",
+        "options",
+    ]
     assert inspect.signature(megatrain.initialize).parameters["seed"].default == 42
 
 

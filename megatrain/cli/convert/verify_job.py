@@ -33,13 +33,13 @@ def answer(folder: Path) -> None:
     request = json.loads((folder / REQUEST).read_text())
     megatrain.initialize(mode="local", global_device_mesh=DeviceMesh(**request["mesh"]), seed=0)
     # Megatron can be imported only now that the platform is prepared.
-    from megatrain.api import local
     from megatrain.api.session import current_session
+    from megatrain.bus import engine
     from megatrain.export.compare.trace_megatron import trace_network
 
     model = Path(request["base_model"])
     config = ModelConfig.model_validate({"mixed_precision": PRECISION[request["dtype"]]})
-    trainer = local.open_model(str(model), config, current_session())
+    trainer = engine.open_model(str(model), config, current_session())
     name = BASE if request["adapter"] is None else ADAPTER
     if name == ADAPTER:
         _add(trainer, Path(request["adapter"]), model)
@@ -55,13 +55,13 @@ def answer(folder: Path) -> None:
 
 def _add(trainer: "Trainer", adapter: Path, model: Path) -> None:
     """Put a PEFT adapter on the model."""
-    from megatrain.api import local
+    from megatrain.bus import engine
     from megatrain.export.compare.peft_values import fill
     from megatrain.export.peft_adapter import read_adapter
 
     config = json.loads((model / "config.json").read_text())
     spec, tensors = read_adapter(adapter, hf_config=config)
-    local.add_adapter(trainer, ADAPTER, spec, seed=0, accumulation_steps=1)
+    engine.add_adapter(trainer, ADAPTER, spec, seed=0, accumulation_steps=1)
     fill(trainer.network.adapters[ADAPTER], tensors)
 
 

@@ -4,7 +4,6 @@ The first rank has the terminal; the others write to files.  A signal is handed 
 which save and end by themselves; if one fails, the others are ended.
 """
 
-import os
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from megatrain.cli.quickstart.child import ChildFailedError, first_failure
 from megatrain.cli.train.stop import StopRequest
+from megatrain.parallel.environment import rank_environment, rank_variables
 
 MODULE = "megatrain.cli.train.job"
 POLL_S = 0.1
@@ -54,31 +54,12 @@ def run_ranks(config: Path, *, num_ranks: int, logs: Path) -> int:
 def _start(
     command: list[str], rank: int, num_ranks: int, port: int, logs: Path
 ) -> "subprocess.Popen[bytes]":
-    environment = _environment(num_ranks) | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    environment = rank_environment(num_ranks) | rank_variables(rank, num_ranks)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if rank == 0:
         return subprocess.Popen(command, env=environment)
     with (logs / f"rank_{rank}.log").open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def _environment(num_ranks: int) -> dict[str, str]:
-    """Return the environment, with threads shared out unless it says how many."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of small ops starve a shared machine
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    return defaults | os.environ
 
 
 def _free_port() -> int:

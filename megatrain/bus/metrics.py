@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from megatrain.types import StepOutput
 
@@ -32,6 +33,17 @@ class Metrics:
         for name, value in output.statistics.items():
             self.sums[name] += value * output.counts[name]
             self.counts[name] += output.counts[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is counted, for load_dict."""
+        kept = {name: value for name, value in vars(self).items() if name != "_utilisation"}
+        return kept | {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_dict(self, kept: dict[str, Any]) -> None:
+        """Go on from what to_dict returned."""
+        vars(self).update(kept)
+        self.sums = defaultdict(float, kept["sums"])
+        self.counts = defaultdict(float, kept["counts"])
 
     def take(self) -> dict[str, float]:
         """Return means and sums, and start anew."""

@@ -1,4 +1,4 @@
-"""The part of the API that needs torch and Megatron: a model whose ranks run the user's script."""
+"""What is done to a model on one rank, in torch and Megatron; every rank does the same."""
 
 import json
 import re
@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from megatrain.api.session import Session
-from megatrain.api.start_from import imported
+from megatrain.bus.start_from import imported
 from megatrain.checkpoint.locate import locate
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
@@ -24,10 +23,10 @@ from megatrain.export.state.record import StateRecord, read_record
 from megatrain.export.state.restore import open_state, restore
 from megatrain.model.network import Network, build_network
 from megatrain.model.patch import apply_to_model
+from megatrain.parallel.joined import Session
 from megatrain.platforms.choose import prepare
 from megatrain.train.losses.make import make_loss
 from megatrain.train.step import BASE, Trainer
-from megatrain.train.utilisation import Utilisation as Utilisation
 
 
 def open_model(model_id: str, config: ModelConfig, session: Session) -> Trainer:

@@ -1,0 +1,129 @@
+"""A model whose ranks are other processes: commands are made fit to travel, and sent.  No torch."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatrain.bus.codec import RawTensor
+from megatrain.bus.commands import (
+    ApplyPatch,
+    CloseModel,
+    Command,
+    Forward,
+    ForwardBackward,
+    GetState,
+    OpenModel,
+    SetLoss,
+)
+from megatrain.bus.driver import Driver
+from megatrain.errors import ConfigError
+from megatrain.types import LazyRow
+
+_ALWAYS = ("input_ids", "labels", "attention_mask", "position_ids", "lengths")
+_SIZES = ("length", "num_labels")
+
+
+class RemoteModel:
+    """Sends a model's commands to a driver's ranks."""
+
+    def __init__(self, command: OpenModel, driver: Driver) -> None:
+        self.key = driver.model_key()
+        self.trained: list[str] = []
+        self._driver = driver
+        self.call(replace(command, model=self.key))
+        close = CloseModel(model=self.key)
+        self._finalizer = weakref.finalize(self, driver.submit_soon, close)
+        self._finalizer.atexit = False
+
+    def call(self, command: Command) -> Any:
+        """Send a command, wait for it and return its result."""
+        return self.submit(command, None).result()
+
+    def submit(self, command: Command, timeout_s: float | None) -> "Future[Any]":
+        """Send a command.  Raises ConfigError for what cannot travel, DataError for a bad batch."""
+        if isinstance(command, CloseModel):
+            self._finalizer.detach()
+        command = portable(command)
+
+        def finish(value: Any, trained: list[str]) -> Any:
+            self.trained = trained
+            is_state = isinstance(command, GetState) and value is not None
+            return tensors_of(value) if is_state else value
+
+        return self._driver.submit(command, deadline_s=timeout_s, finish=finish)
+
+
+def portable(command: Command) -> Command:
+    """Return a command that can travel: classes by name, inputs as arrays.
+
+    Raises ConfigError for what has no name that another process could import.
+    """
+    match command:
+        case ForwardBackward() | Forward():
+            inputs = command.inputs if command.prepare is None else command.prepare(command.inputs)
+            if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+                inputs = [_datum(item) for item in inputs]
+            return replace(command, inputs=inputs, prepare=None)
+        case SetLoss() | ApplyPatch():
+            return replace(command, spec=importable(command.spec))
+        case _:
+            return command
+
+
+def importable(spec: Any) -> Any:
+    """Return a class or function as `module:qualname`; a text as it is.  Raises ConfigError."""
+    if isinstance(spec, str):
+        return spec
+    module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", None)
+    if module is None or name is None:
+        raise ConfigError(
+            f"{spec!r} is an object, and the ranks are other processes",
+            hint="give its class, or a name, and options",
+        )
+    if "<" in name or module == "__main__":
+        raise ConfigError(
+            f"the ranks are other processes, which cannot import {name} of {module}",
+            hint="define it at the top level of a module; a lambda or closure has no name there",
+        )
+    return f"{module}:{name}"
+
+
+def _datum(item: Any) -> Any:
+    """Return a datum with its numbers as arrays; of an encoded row, what a loss may take."""
+    if not isinstance(item, Mapping):
+        return item
+    keys = list(item)
+    if isinstance(item, LazyRow):
+        keys = [key for key in item if key in (*_ALWAYS, *_SIZES) or key in item.numbers]
+    elif all(key in item for key in _SIZES):
+        keys = [key for key in item if key in (*_ALWAYS, *_SIZES) or _is_numeric(item[key])]
+    return {key: _array(item[key]) for key in keys}
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(_array(value), np.ndarray | int | float)
+
+
+def _array(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return value  # ragged, or no numbers: the ranks say what is wrong with it
+    return array if array.dtype.kind in "biuf" else value
+
+
+def tensors_of(raw: Mapping[str, RawTensor]) -> dict[str, Any]:
+    """Return torch tensors of what a rank sent."""
+    import torch  # noqa: PLC0415 - only who asks for tensors needs it
+
+    result = {}
+    for name, each in raw.items():
+        flat = torch.frombuffer(bytearray(each.data), dtype=torch.uint8)
+        result[name] = flat.view(getattr(torch, each.dtype)).reshape(each.shape)
+    return result

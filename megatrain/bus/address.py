@@ -1,0 +1,111 @@
+"""Where ranks listen: `unix:/path` on this host, `tcp://HOST:PORT` with a token.  No torch."""
+
+import os
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatrain.config.bus import BusConfig
+from megatrain.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A parsed address; `path` of a Unix socket, or `host` and `port`."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Return the address.  Raises ConfigError."""
+        if text.startswith("unix:"):
+            return cls(path=text.removeprefix("unix:").removeprefix("//"))
+        host, _, port = text.removeprefix("tcp://").rpartition(":")
+        if text.startswith("tcp://") and host and port.isdigit() and int(port) < 1 << 16:
+            return cls(host=host.strip("[]"), port=int(port))
+        raise ConfigError(
+            f"an address must be tcp://HOST:PORT or unix:/path: {text!r}",
+            hint="tcp://127.0.0.1:29400 is this host alone",
+        )
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{self.port}"
+
+    def listen(self, config: BusConfig) -> socket.socket:
+        """Return a listening socket.  Raises ConfigError for TCP without a token.
+
+        A Unix socket is for its owner alone; one that a dead process left is replaced.
+        """
+        if self.path:
+            Path(self.path).unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX)
+            before = os.umask(0o177)
+            try:
+                listener.bind(self.path)
+            finally:
+                os.umask(before)
+            listener.listen()
+            return listener
+        check_token(self, config)
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        return socket.create_server((self.host, self.port), family=family, backlog=16)
+
+    def connect(self, config: BusConfig, timeout_s: float) -> socket.socket:
+        """Return a connected socket, encrypted if there is a certificate.  Raises OSError."""
+        if self.path:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(timeout_s)
+            connection.connect(self.path)
+            return connection
+        check_token(self, config)
+        connection = socket.create_connection((self.host, self.port), timeout=timeout_s)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if config.certificate is None:
+            return connection
+        context = ssl.create_default_context(cafile=str(config.certificate))
+        context.check_hostname = False  # the one certificate that is accepted says who it is
+        return context.wrap_socket(connection)
+
+
+def check_token(address: Address, config: BusConfig) -> None:
+    """Raise ConfigError for TCP without a token, or beyond this host without encryption."""
+    if config.token_file is None:
+        raise ConfigError(
+            f"{address} can be reached by others, so it needs a token",
+            hint="give token_file: any file with a secret of 16 bytes or more, the same on both "
+            "ends; `openssl rand -hex 32` makes one",
+        )
+
+
+def read_token(config: BusConfig) -> bytes:
+    """Return the shared secret; empty without a token file.  Raises ConfigError."""
+    if config.token_file is None:
+        return b""
+    try:
+        token = config.token_file.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"the token file cannot be read: {error}") from error
+    if len(token) < 16:
+        raise ConfigError(
+            f"a token must have at least 16 bytes: {config.token_file} has {len(token)}"
+        )
+    return token
+
+
+def server_context(config: BusConfig) -> ssl.SSLContext | None:
+    """Return what encrypts a worker's connections; None without a certificate."""
+    if config.certificate is None:
+        return None
+    if config.private_key is None:
+        raise ConfigError("a worker with a certificate needs its private key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(config.certificate, config.private_key)
+    return context

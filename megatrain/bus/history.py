@@ -1,0 +1,182 @@
+"""What a driver's ranks would have to be told to be again what they are.  No torch.
+
+A snapshot, if there is one, and the commands since then, in a journal on the disk.
+"""
+
+import contextlib
+import logging
+import secrets
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from megatrain.bus.journal import Entry, Journal, Record
+from megatrain.config.bus import RecoveryPolicy
+
+logger = logging.getLogger(__name__)
+
+
+class History:
+    """The journal and the snapshots of one driver."""
+
+    def __init__(self, folder: Path | None, policy: RecoveryPolicy, *, can_snapshot: bool) -> None:
+        """Open the journal in `folder`; None is a temporary one.
+
+        Without `can_snapshot` the ranks may not see the folder, and none is ever taken.
+        Raises BusError or CheckpointError for a journal that cannot be used.
+        """
+        self._temporary = folder is None
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="megatrain-journal-") if folder is None else folder
+        )
+        self._policy, self._can_snapshot = policy, can_snapshot
+        self._journal = Journal(self.folder)
+        self.session = secrets.token_hex(8)
+        """Names this driver to the ranks; the same after it was started anew."""
+        self.epoch = ""
+        """Of the ranks that have done what the journal says."""
+        self.last_seq = 0
+        self.snapshot: tuple[int, str] | None = None
+        """Number and folder of the last whole snapshot."""
+        self._awaited: tuple[int, str, int, float] | None = None
+        """Number, folder and files of the snapshot that is being written, and since when."""
+        self._open: dict[int, None] = {}
+        """Commands since the snapshot that must be done again, in order."""
+        self.undone: dict[int, None] = {}
+        """Those of them whose reply had not come when the driver before this one ended."""
+        self._changed_at: float | None = None
+        for record in self._journal.records:
+            self._replay(record)
+        if not self._journal.records:
+            self._append(Entry.SESSION, 0, self.session.encode())
+
+    def _replay(self, record: Record) -> None:
+        self.last_seq = max(self.last_seq, record.seq)
+        match record.entry:
+            case Entry.COMMAND:
+                self._open[record.seq] = self.undone[record.seq] = None
+            case Entry.DONE:
+                self.undone.pop(record.seq, None)
+            case Entry.DROPPED:
+                self.undone.pop(record.seq, None)
+                self._open.pop(record.seq, None)
+            case Entry.SNAPSHOT:
+                self.snapshot = record.seq, record.payload.decode()
+            case Entry.SESSION:
+                self.session = record.payload.decode()
+            case Entry.EPOCH:
+                self.epoch = record.payload.decode()
+
+    def _append(self, entry: Entry, seq: int, payload: bytes = b"", *, sync: bool = True) -> None:
+        self._journal.append(entry, seq, payload, sync=sync and not self._temporary)
+
+    def accept(self, seq: int, payload: bytes, deadline_s: float) -> None:
+        """Note a command that must be done again if ranks start anew.
+
+        It is on the disk when this returns.  Raises BusError, with nothing noted, if it cannot be.
+        """
+        self._append(Entry.COMMAND, seq, pack_accepted(deadline_s, payload))
+        self._open[seq] = None
+        if self._changed_at is None:
+            self._changed_at = time.monotonic()
+
+    def note_epoch(self, epoch: str) -> None:
+        """Note which ranks do what follows."""
+        self.epoch = epoch
+        self._append(Entry.EPOCH, 0, epoch.encode())
+
+    def done(self, seq: int) -> None:
+        """Note that a reply has come."""
+        if seq in self._open:
+            with contextlib.suppress(Exception):  # it is a hint: without it, it is done again
+                self._append(Entry.DONE, seq, sync=False)
+
+    def drop(self, seq: int) -> None:
+        """Note that a command was cancelled or given up: it is never done again."""
+        if self._open.pop(seq, 0) is None:
+            self._append(Entry.DROPPED, seq)
+
+    def commands(self) -> dict[int, tuple[float, bytes]]:
+        """Return deadlines and encoded commands since the snapshot, from the disk, by number."""
+        return {
+            record.seq: unpack_accepted(record.payload)
+            for record in self._journal.read()
+            if record.entry is Entry.COMMAND and record.seq in self._open
+        }
+
+    def is_due(self) -> bool:
+        """Tell whether it is time for a snapshot."""
+        if not self._can_snapshot or self._awaited is not None or self._changed_at is None:
+            return False
+        age = time.monotonic() - self._changed_at
+        many = len(self._open) >= self._policy.snapshot_every_commands
+        return many or age >= self._policy.snapshot_every_s
+
+    def directory(self, seq: int) -> str:
+        """Return where a snapshot of this number belongs."""
+        return str((self.folder / f"snapshot-{seq}").absolute())
+
+    def expect(self, seq: int, num_ranks: int) -> None:
+        """Wait for the files of a snapshot that all ranks have begun to write."""
+        self._awaited = seq, self.directory(seq), num_ranks, time.monotonic()
+
+    def forget_expected(self) -> None:
+        """The ranks that were writing a snapshot are gone."""
+        if self._awaited is not None:
+            shutil.rmtree(self._awaited[1], ignore_errors=True)
+        self._awaited = None
+
+    def settle(self) -> None:
+        """If the snapshot that is awaited is whole, drop what was before it."""
+        if self._awaited is None:
+            return
+        seq, directory, num_ranks, since = self._awaited
+        if len(list(Path(directory).glob("rank-*.json"))) < num_ranks:
+            if time.monotonic() - since > 1800.0:
+                logger.warning("a snapshot was not written in time: %s", directory)
+                self.forget_expected()
+            return
+        self._awaited = None
+        self._compact(seq, directory)
+
+    def _compact(self, seq: int, directory: str) -> None:
+        old = self.snapshot
+        self._open = {each: None for each in self._open if each > seq}
+        kept = [
+            record
+            for record in self._journal.read()
+            if record.seq > seq and (record.entry is not Entry.COMMAND or record.seq in self._open)
+        ]
+        head = [
+            Record(Entry.SESSION, 0, self.session.encode()),
+            Record(Entry.EPOCH, 0, self.epoch.encode()),
+            Record(Entry.SNAPSHOT, seq, directory.encode()),
+        ]
+        self._journal.compact([*head, *kept])
+        self.snapshot = seq, directory
+        self._changed_at = time.monotonic() if self._open else None
+        if old is not None:
+            shutil.rmtree(old[1], ignore_errors=True)
+        logger.info("snapshot of all up to command %d: %s", seq, directory)
+
+    def close(self) -> None:
+        """Close the journal; a temporary one is removed."""
+        self._journal.close()
+        if self._temporary:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def is_temporary(self) -> bool:
+        """Tell whether nobody can go on from it."""
+        return self._temporary
+
+
+def pack_accepted(deadline_s: float, payload: bytes) -> bytes:
+    """Return what the journal keeps of a command."""
+    return int(deadline_s * 1000).to_bytes(8, "little") + payload
+
+
+def unpack_accepted(data: bytes) -> tuple[float, bytes]:
+    """Return deadline and encoded command."""
+    return int.from_bytes(data[:8], "little") / 1000, data[8:]

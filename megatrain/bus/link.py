@@ -1,0 +1,78 @@
+"""A driver's connection to rank 0, with a thread that reads it.  No torch."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatrain.bus.address import Address, read_token
+from megatrain.bus.codec import decode
+from megatrain.bus.frames import FrameSocket, Kind
+from megatrain.bus.handshake import HANDSHAKE_S, Welcome, enter
+from megatrain.bus.jobs import CANCELLED, SEQ
+from megatrain.config.bus import BusConfig
+from megatrain.errors import BusError
+
+logger = logging.getLogger(__name__)
+
+
+class Link:
+    """A connection over which the driver was let in."""
+
+    def __init__(self, address: Address, config: BusConfig, session: str) -> None:
+        """Connect.  Raises OSError if nobody listens, BusError if the driver is refused."""
+        connection = address.connect(config, HANDSHAKE_S)
+        self._frames = FrameSocket(connection, config.max_message_bytes)
+        try:
+            self.welcome: Welcome = enter(self._frames, read_token(config), session)
+        except BaseException:
+            self._frames.close()
+            raise
+        self._frames.settimeout(None)
+        self.error: BusError | None = None
+        """Why it ended."""
+        self.lost: dict[str, Any] | None = None
+        """What rank 0 said of ranks that cannot go on."""
+        self.health: dict[str, Any] = {}
+        """The last beats of all ranks, and how many commands wait."""
+        self.heard_at = time.monotonic()
+
+    def listen(
+        self, reply: Callable[[int, Any], None], cancelled: Callable[[int, bool], None]
+    ) -> None:
+        """Hand every reply, and every answer to a cancellation, on from a thread."""
+        threading.Thread(
+            target=self._listen, args=(reply, cancelled), name="bus-link", daemon=True
+        ).start()
+
+    def _listen(
+        self, reply: Callable[[int, Any], None], cancelled: Callable[[int, bool], None]
+    ) -> None:
+        try:
+            while True:
+                kind, body = self._frames.receive_encoded()
+                self.heard_at = time.monotonic()
+                match kind:
+                    case Kind.REPLY:
+                        reply(SEQ.unpack_from(body)[0], decode(body[SEQ.size :]))
+                    case Kind.CANCEL:
+                        cancelled(*CANCELLED.unpack(body))
+                    case Kind.HEALTH:
+                        self.health = decode(body)
+                    case Kind.LOST:
+                        self.lost = decode(body)
+                    case _:
+                        raise BusError(f"ranks must not send {kind.name}")
+        except BusError as error:
+            self.error = error
+        finally:
+            self._frames.close()
+
+    def send(self, kind: Kind, body: bytes) -> None:
+        """Send an encoded frame.  Raises BusError."""
+        self._frames.send_encoded(kind, body)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._frames.close()

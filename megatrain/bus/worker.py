@@ -1,0 +1,208 @@
+"""READ FIRST of the bus.  A rank that does what a driver says.
+
+    rank 0: Server.next -> Channel.broadcast -> every rank: decode, check -> vote -> do -> vote
+    -> rank 0: Server.reply
+
+A command that any rank cannot start is done by none; what goes wrong later is heard by all.
+"""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any, assert_never
+
+import psutil
+import torch
+
+from megatrain.bus import snapshot
+from megatrain.bus.channel import Channel
+from megatrain.bus.codec import Failure, RawTensor, decode, encode
+from megatrain.bus.commands import (
+    CloseModel,
+    Command,
+    GetState,
+    Inspect,
+    OpenModel,
+    Ping,
+    Profile,
+    RankCommand,
+    RestoreSnapshot,
+    Stop,
+    TakeSnapshot,
+)
+from megatrain.bus.failures import failure_of
+from megatrain.bus.jobs import Job
+from megatrain.bus.model_host import ModelHost
+from megatrain.bus.profile import Profiler
+from megatrain.bus.pulse import Pulse
+from megatrain.bus.server import Server
+from megatrain.errors import BusError, ConfigError, StateError
+from megatrain.parallel import phase
+from megatrain.parallel.joined import Session
+from megatrain.types import StepOutput
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 10.0
+"""Seconds between signs of rank 0 to ranks that wait, so that no collective times out."""
+
+
+class Worker:
+    """One rank's loop."""
+
+    def __init__(self, session: Session, pulse: Pulse, server: Server | None) -> None:
+        """`server` is rank 0's; None elsewhere."""
+        self.session, self._pulse, self._server = session, pulse, server
+        self._channel = Channel(session.groups)
+        self._models: dict[str, ModelHost] = {}
+        self._profiler = Profiler()
+        self._stopping = False
+
+    def run(self) -> None:
+        """Do commands until one says stop."""
+        while not self._stopping:
+            job = self._next()
+            if job is not None:
+                self._answer(job)
+
+    def _next(self) -> Job | None:
+        """Return the next command; None if there was none for a while.  Collective."""
+        if self._server is None:
+            return Job.unpack(self._channel.broadcast(None))
+        job = self._server.next(IDLE_S)
+        self._channel.broadcast(b"" if job is None else job.pack())
+        return job
+
+    def _answer(self, job: Job) -> None:
+        self._pulse.begin(job.seq, "a command", job.deadline_s)
+        start = time.perf_counter()
+        command, failure = self._check(job.payload)
+        validated = time.perf_counter()
+        failure = self._channel.vote(failure)
+        value = None
+        if failure is None:
+            assert command is not None
+            value, failure = self._do(command)
+            failure = self._channel.vote(failure)
+        tokens = sum(map(len, value.logps)) if isinstance(value, StepOutput) else 0
+        if self._server is not None:
+            done = time.perf_counter()
+            times = {"validate": validated - start, "execute": done - validated}
+            self._server.reply(job, self._reply(command, value, failure, times))
+        self._pulse.end(tokens=tokens)
+
+    def _check(self, payload: bytes | memoryview) -> tuple[Command | None, Failure | None]:
+        """Return the command, or why this rank cannot do it.  Nothing changes."""
+        command: Command | None = None
+        try:
+            command = decode(payload)
+            if not isinstance(command, Command):
+                raise BusError(f"a command must come: got {type(command).__name__}")
+            self._pulse.name(type(command).__name__)
+            self._check_model(command)
+        except Exception as error:  # noqa: BLE001 - a veto, which the driver hears
+            return command, self._failure(error, command)
+        return command, None
+
+    def _check_model(self, command: Command) -> None:
+        if isinstance(command, OpenModel):
+            self._check_open(command)
+        elif not isinstance(command, RankCommand):
+            self._host(command).check(command)
+        elif isinstance(command, CloseModel):
+            self._host(command)
+
+    def _check_open(self, command: OpenModel) -> None:
+        known, mesh = self._models.get(command.model), self.session.groups.mesh.to_dict()
+        if command.layout is not None and dict(command.layout) != mesh:
+            raise ConfigError(
+                f"the ranks are laid out as {mesh}, and the model asks for {dict(command.layout)}",
+                hint="leave device_mesh out, or start the ranks with that mesh",
+            )
+        if known is not None and known.opened != command:
+            raise StateError(f"there is another model called {command.model!r} on the ranks")
+
+    def _host(self, command: Command) -> ModelHost:
+        if command.model not in self._models:
+            raise StateError(
+                f"there is no model called {command.model!r} on the ranks; known: "
+                f"{', '.join(self._models) or 'none'}"
+            )
+        return self._models[command.model]
+
+    def _do(self, command: Command) -> tuple[Any, Failure | None]:
+        phase.enter(phase.EXECUTING)
+        try:
+            if isinstance(command, RankCommand):
+                return self._run(command), None
+            return self._host(command).run(command), None  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - the driver hears it
+            self._pulse.fail()
+            return None, self._failure(error, command)
+
+    def _run(self, command: RankCommand) -> Any:
+        match command:
+            case OpenModel():
+                return self._open_model(command)
+            case CloseModel():
+                del self._models[command.model]
+                return None
+            case Inspect():
+                return self._inspect()
+            case Ping():
+                return None
+            case Profile():
+                return self._profiler.switch(command.directory, self.session.groups.rank)
+            case TakeSnapshot():
+                phase.enter(phase.SAVING)
+                return snapshot.take(Path(command.directory), self._models, self.session)
+            case RestoreSnapshot():
+                self._models = {}
+                if command.directory is not None:
+                    self._models = snapshot.restore(Path(command.directory), self.session)
+                return None
+            case Stop():
+                self._stopping = True
+                return None
+            case _:
+                assert_never(command)
+
+    def _open_model(self, command: OpenModel) -> None:
+        if command.model not in self._models:
+            self._models[command.model] = ModelHost(command, self.session)
+
+    def _inspect(self) -> dict[str, Any]:
+        process = psutil.Process()
+        return {
+            "layout": self.session.groups.mesh.to_dict(),
+            "platform": self.session.platform.name,
+            "models": {key: host.opened.model_id for key, host in self._models.items()},
+            "adapters": {key: host.trained for key, host in self._models.items()},
+            "resident_bytes": process.memory_info().rss,
+            "threads": threading.active_count(),
+            "files": process.num_fds(),
+        }
+
+    def _failure(self, error: BaseException, command: Command | None) -> Failure:
+        name = "a command" if command is None else type(command).__name__
+        return failure_of(error, rank=self.session.groups.rank, command=name)
+
+    def _reply(
+        self, command: Command | None, value: Any, failure: Failure | None, times: dict[str, float]
+    ) -> bytes:
+        """Return the encoded reply; what cannot be sent is a failure too."""
+        if failure is not None:
+            return encode({"failure": failure})
+        assert command is not None
+        host = self._models.get(command.model)
+        trained = [] if host is None else host.trained
+        if isinstance(command, GetState) and value is not None:
+            value = {name: _raw(tensor) for name, tensor in value.items()}
+        return encode({"value": value, "trained": trained, "times": times})
+
+
+def _raw(tensor: torch.Tensor) -> RawTensor:
+    flat = tensor.detach().cpu().contiguous()
+    data = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return RawTensor(str(flat.dtype).removeprefix("torch."), tuple(flat.shape), data)
