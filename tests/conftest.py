@@ -1,9 +1,11 @@
 """What tests share: one pool of ranks, and tiny checkpoints.
 
 This process computes what Transformers and PEFT say; Megatron is imported and patched in the ranks
-only.
+only.  With `--mode driver` or `--mode ray`, tasks run in this process, and drive ranks.
 """
 
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,55 @@ class Ranks:
         self._pool = None
 
 
+class DrivenRanks:
+    """Runs a task as the one script of a driver; every rank has the same results."""
+
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
+
+    def run(
+        self,
+        task: Callable[..., Any],
+        mesh: DeviceMesh | None = None,
+        *args: Any,
+        seed: int = 42,
+        timeout_s: float = 120.0,
+    ) -> list[Any]:
+        """Run `task(*args)` with ranks of `mesh` (one rank if None); return its result for each."""
+        import megatrain
+
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the pool
+        mesh = mesh or DeviceMesh()
+        options: dict[str, Any] = {"fork_ranks": True, "connect_timeout_s": timeout_s}
+        if self._mode == "ray":
+            group = megatrain.DeviceGroup(name="model", ranks=mesh.world_size, device_type="cpu")
+            options = {"groups": [group]}
+        megatrain.initialize(
+            mode=self._mode, global_device_mesh=mesh, seed=seed, platform="cpu", **options
+        )
+        try:
+            return [task(*args)] * mesh.world_size
+        except Exception as error:
+            # As from ranks: a failure that holds the traceback.
+            raise RankFailure(traceback.format_exc()) from error
+        finally:
+            megatrain.shutdown()
+
+    def close(self) -> None:
+        """Do nothing: each task ends its ranks."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mode", choices=["local", "driver", "ray"], default="local", help="how tasks reach ranks"
+    )
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Eight rank processes for the whole test run."""
-    pool = Ranks(POOL_SIZE)
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks | DrivenRanks]:
+    """Eight rank processes for the whole test run, or a driver's for each task."""
+    mode = request.config.getoption("--mode")
+    pool = Ranks(POOL_SIZE) if mode == "local" else DrivenRanks(mode)
     yield pool
     pool.close()
 

@@ -365,6 +365,17 @@ class MegatronModel:
         tensors: dict[str, Any] | None = self._call(commands.GetState, adapter=adapter_name)
         return tensors
 
+    def get_gradients(self, *, adapter_name: str | None = None) -> dict[str, Any] | None:
+        """Return the gradient that a step would see now, by name; None on ranks other than 0.
+
+        float32 tensors, summed over ranks and divided as at a step; nothing changes.  Raises
+        StateError if there is none.  Collective.
+        """
+        gradients: dict[str, Any] | None = self._call(
+            commands.GetState, adapter=adapter_name, gradients=True
+        )
+        return gradients
+
     def save(
         self,
         name: str,

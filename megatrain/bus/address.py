@@ -9,7 +9,8 @@ from pathlib import Path
 from megatrain.config.bus import BusConfig
 from megatrain.errors import ConfigError
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOST_S = 10
+"""Seconds without an answer after which a TCP connection counts as lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +61,42 @@ class Address:
 
     def connect(self, config: BusConfig, timeout_s: float) -> socket.socket:
         """Return a connected socket, encrypted if there is a certificate.  Raises OSError."""
-        if self.path:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.settimeout(timeout_s)
+        if not self.path:
+            check_token(self, config)
+            connection = socket.create_connection((self.host, self.port), timeout=timeout_s)
+            keep_alive(connection)
+            return _encrypted(connection, config)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout_s)
+        try:
             connection.connect(self.path)
-            return connection
-        check_token(self, config)
-        connection = socket.create_connection((self.host, self.port), timeout=timeout_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if config.certificate is None:
-            return connection
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+
+def _encrypted(connection: socket.socket, config: BusConfig) -> socket.socket:
+    if config.certificate is None:
+        return connection
+    try:
         context = ssl.create_default_context(cafile=str(config.certificate))
         context.check_hostname = False  # the one certificate that is accepted says who it is
         return context.wrap_socket(connection)
+    except OSError:
+        connection.close()
+        raise
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let a TCP connection send at once, and notice within seconds that its host is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+    options["TCP_USER_TIMEOUT"] = 1000 * LOST_S
+    for name, value in options.items():
+        if hasattr(socket, name):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def check_token(address: Address, config: BusConfig) -> None:

@@ -178,10 +178,11 @@ class DescribeTraining(AdapterCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetState(AdapterCommand):
-    """Return what is trained, whole, by Hugging Face's names."""
+    """Return what is trained, or its gradient, whole, by Hugging Face's names."""
 
     mutates: ClassVar[bool] = False
     deadline_s: ClassVar[float] = FILES_S
+    gradients: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,7 @@ class Driver:
         self._soon: collections.deque[Command] = collections.deque()
         self._restarts: list[float] = []
         self._broken: MegatrainError | None = None
-        self._closed = False
+        self._closing = self._closed = False
         self._model_numbers = itertools.count()
         self.undone: dict[int, Future[Any]] = {}
         """Futures of commands that a driver before this one had accepted, by number."""
@@ -156,6 +156,7 @@ class Driver:
                 self._state.wait_for(self._has_room)
             with self._order:  # who waits for room must not keep the supervisor from sending
                 if self._has_room():
+                    self._check_open()
                     self._flush_soon()
                     return self._accept(command, payload, deadline_s, finish)
 
@@ -170,7 +171,6 @@ class Driver:
         finish: Callable[[Any, list[str]], Any] | None,
     ) -> "Future[Any]":
         with self._state:
-            self._check_open()
             seq, limit = self._last_seq + 1, deadline_s or command.deadline_s
             if _redo(command):
                 self._history.accept(seq, payload, limit)
@@ -184,7 +184,7 @@ class Driver:
         return future
 
     def _is_over(self) -> bool:
-        return self._broken is not None or self._closed
+        return self._broken is not None or self._closing
 
     def _check_open(self) -> None:
         if self._broken is not None:
@@ -193,7 +193,7 @@ class Driver:
                 hint="megatrain.shutdown() and initialize again; a journal given to "
                 "initialize(journal=...) goes on where this one ended",
             ) from self._broken
-        if self._closed:
+        if self._closing:
             raise BusError("this driver is closed")
 
     def call(self, command: Command, *, deadline_s: float | None = None) -> Any:
@@ -320,7 +320,7 @@ class Driver:
         """Look after the ranks until the driver is closed or gives up."""
         while not self._is_over():
             time.sleep(POLL_S)
-            if self._closed:
+            if self._closing:
                 return
             trouble = self._trouble()
             try:
@@ -356,7 +356,7 @@ class Driver:
             self._count(trouble, output)
             timeout_s = self.config.recovery.restart_timeout_s
             limit = time.monotonic() + timeout_s
-            while not self._closed:
+            while not self._closing:
                 try:
                     self._link = self._reach(self._ranks.start(), timeout_s)
                     self._tell_again(self._link)
@@ -438,19 +438,22 @@ class Driver:
 
         Commands that wait are given up with CancelledCommandError.
         """
-        if self._closed:
-            return
         with self._state:
+            if self._closing:
+                return
+            self._closing = True
             waiting, self._pending = list(self._pending.values()), {}
+            self._state.notify_all()
         for pending in waiting:
             if not pending.future.done():
                 pending.future.set_exception(
                     CancelledCommandError(f"the driver was closed before {pending.name} was done")
                 )
-        self._say_goodbye()
+        if threading.current_thread() is not self._supervisor:
+            self._supervisor.join()
+        if self._broken is None:
+            self._say_goodbye()
         self._closed = True
-        with self._state:
-            self._state.notify_all()
         atexit.unregister(self.close)
         self._link.close()
         self._ranks.close()
@@ -463,7 +466,9 @@ class Driver:
                 return  # a driver with this journal may come back
             command = RestoreSnapshot(directory=None)
         try:
-            self.submit(command).result(timeout=STOP_S)
+            with self._order:
+                said = self._accept(command, encode(command), None, None)
+            said.result(timeout=STOP_S)
         except (MegatrainError, TimeoutError) as error:
             logger.debug("the ranks did not hear the end: %s", error)
 

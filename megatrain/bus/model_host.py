@@ -42,6 +42,7 @@ from megatrain.bus.metrics import Metrics
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError
+from megatrain.export.state.collect import gradients
 from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
 from megatrain.train.step import BASE, Trainer
@@ -143,7 +144,8 @@ class ModelHost:
             case ApplyPatch():
                 return self._apply_patch(command)
             case GetState():
-                return engine.state_dict(trainer, self.name(command.adapter))
+                read = gradients if command.gradients else engine.state_dict
+                return read(trainer, self.name(command.adapter))
             case Save():
                 return self._save(command)
             case WaitForSave():

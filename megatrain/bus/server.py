@@ -6,7 +6,7 @@ import socket
 import threading
 from dataclasses import replace
 
-from megatrain.bus.address import Address, read_token, server_context
+from megatrain.bus.address import Address, keep_alive, read_token, server_context
 from megatrain.bus.codec import Failure, encode
 from megatrain.bus.commands import RestoreSnapshot
 from megatrain.bus.frames import FrameSocket, Kind
@@ -106,7 +106,7 @@ class Server:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             elif connection.family != socket.AF_UNIX:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(connection)
             link = FrameSocket(connection, self.config.max_message_bytes)
             if not self._admit(link):
                 return

@@ -7,10 +7,10 @@ from typing import Any
 
 from megatrain.data.origin import ROW
 from megatrain.data.rows import JSON, to_json
-from megatrain.data.steps import LeftOut
+from megatrain.data.steps import SKIP, LeftOut
 from megatrain.errors import DataError, MegatrainError
 
-_SKIP = "correct or remove the line, or leave such rows out with Dataset(..., on_error='skip')"
+_SKIP = f"correct or remove the line, {SKIP}"
 
 
 class ParseLines:

@@ -81,7 +81,9 @@ class Row(Mapping[str, Any]):
         return len(self._whole())
 
     def __repr__(self) -> str:
-        return f"Row(key={self.key!r}, num_tokens={self.num_tokens}, num_labels={self.num_labels})"
+        sizes = f"key={self.key!r}, num_tokens={self.num_tokens}, num_labels={self.num_labels}"
+        content = "" if self._content is None else f", content={dict(self._content)!r}"
+        return f"Row({sizes}{content})"
 
     def _whole(self) -> Mapping[str, Any]:
         if self._content is None:

@@ -18,7 +18,11 @@ ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticErro
 NUM_REASONS = 3
 """Rows left out that are named in the log."""
 
-_SKIP = "or leave such rows out with Dataset(..., on_error='skip')"
+SKIP = (
+    "or leave such rows out: on_error='skip' of Dataset(...) or of a run's [data], "
+    "--skip-bad-rows of megatrain data stats"
+)
+"""The other way out of a bad row, wherever it is met."""
 
 
 class LeftOut:
@@ -81,23 +85,23 @@ class RowFunction:
     def _call(self, number: int, row: Any) -> Any:
         where = self._origins.where(number)
         if isinstance(row, Mapping) and is_empty(row):
-            raise DataError(f"{where}: the row is empty", hint=f"remove it, {_SKIP}")
+            raise DataError(f"{where}: the row is empty", hint=f"remove it, {SKIP}")
         try:
             return self._function(row)
         except DataError as error:
             hint = error.hint or "correct or remove the row"
-            raise DataError(f"{where}: {error.message}", hint=f"{hint}; {_SKIP}") from error
+            raise DataError(f"{where}: {error.message}", hint=f"{hint}; {SKIP}") from error
         except MegatrainError:
             raise
         except KeyError as error:
             raise DataError(
                 f"{where}: the row has no column {error}; it has {sorted(row)}",
-                hint=f"use the preprocessor for these columns, or rename them, {_SKIP}",
+                hint=f"use the preprocessor for these columns, or rename them, {SKIP}",
             ) from error
         except ROW_ERRORS as error:
             raise DataError(
                 f"{where}: {type(error).__name__}: {error}; the row has {sorted(row)}",
-                hint=f"correct or remove the row, {_SKIP}",
+                hint=f"correct or remove the row, {SKIP}",
             ) from error
 
 

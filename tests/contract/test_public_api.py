@@ -43,6 +43,7 @@ METHODS = {
     "lr_step": "(self, *, adapter_name=None)",
     "calculate_metric": "(self, is_training=True, *, adapter_name=None)",
     "get_train_configs": "(self, *, adapter_name=None)",
+    "get_gradients": "(self, *, adapter_name=None)",
     "get_state_dict": "(self, *, adapter_name=None)",
     "save": (
         "(self, name, output_dir='output', save_optimizer=False, consumed_train_samples=None, *, "

@@ -39,23 +39,10 @@ def error_of(function: Callable[[], object]) -> tuple[list[str], str] | None:
     return None
 
 
-@torch.no_grad()
 def reduced_gradient(model: Any) -> dict[str, torch.Tensor] | None:
-    """Return the whole gradient by factor name on rank 0, as the optimizer would see it.
-
-    Gradients take the place of master weights for one gathering of the adapter.  Collective.
-    """
+    """Return the whole gradient by factor name on rank 0, as the optimizer would see it."""
     model.clip_grad_norm(0)
-    shards = model._trainer.trained["default"].gradients.shards
-    masters = [shard.master_Q.detach().clone() for shard in shards]
-    for shard in shards:
-        shard.master_Q.copy_(shard.grad_Q)
-        shard.write_parameters()
-    gradient = model.get_state_dict()
-    for shard, master in zip(shards, masters, strict=True):
-        shard.master_Q.copy_(master)
-        shard.write_parameters()
-    return gradient
+    return model.get_gradients()
 
 
 def layout_report(folder: Any, batches: Sequence[Batch], output_dir: str) -> dict[str, Any]:
@@ -170,9 +157,9 @@ def learning_rates(folder: Any, batch: Batch, kind: str, options: dict[str, int]
     model.set_lr_scheduler(kind, **options)
     rates = []
     for _ in range(5):
-        rates.append(model._trainer.trained["default"].optimizer.param_groups[0]["lr"])
         model.forward_backward(inputs=batch)
         model.clip_grad_and_step()
+        rates.append(model.calculate_metric()["lr"])
     return rates
 
 

@@ -40,6 +40,11 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="run a preprocessor's code from a file or a hub",
     )
+    parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave out rows that cannot be used, instead of ending with the first one",
+    )
     parser.add_argument("--subset", metavar="NAME", help="a hub's subset, or a folder in PATH")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--packing", action="store_true", help="pack rows to --max-length")
@@ -83,7 +88,8 @@ def _encode(args: argparse.Namespace) -> Any:
     from megatrain.data.dataset import Dataset
     from megatrain.data.meta import DatasetMeta
 
-    dataset = Dataset(DatasetMeta(args.path, args.subset, args.split))
+    meta = DatasetMeta(args.path, args.subset, args.split)
+    dataset = Dataset(meta, on_error="skip" if args.skip_bad_rows else "raise")
     dataset.set_template("Template", model_id=args.model)
     if args.preprocessor is not None:
         options = dict(_key_and_value(text) for text in args.option)

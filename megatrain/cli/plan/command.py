@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatrain.errors import ConfigError
+from megatrain.errors import CheckpointError, ConfigError
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -23,7 +23,9 @@ def add_parser(subparsers: Any) -> None:
         "plan", help="which layouts fit, and how fast they may be", description=__doc__
     )
     parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder, its config.json, or a bench shape"
+        "--model",
+        required=True,
+        help="a checkpoint's folder, its config.json, a hub id, or a bench shape",
     )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="devices in all")
     parser.add_argument("--nodes", type=int, default=1, help="that they are in (default 1)")
@@ -36,6 +38,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch-tokens", type=int, help="of a global batch")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--optimizer", default="AdamW")
+    parser.add_argument(
+        "--offload-optimizer", action="store_true", help="keep masters and moments on the host"
+    )
     parser.add_argument("--recompute", action="store_true", help="recompute activations")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lora-rank", type=int, default=16, help="on all linears (default 16)")
@@ -92,6 +97,7 @@ def make_training(args: argparse.Namespace) -> Any:
         precision=args.precision,
         lora=None if args.full else lora,
         optimizer=args.optimizer,
+        offload_optimizer=args.offload_optimizer,
         recompute=args.recompute,
         sequence_length=args.seq_length,
         tokens_per_microbatch=args.max_tokens,
@@ -100,7 +106,7 @@ def make_training(args: argparse.Namespace) -> Any:
 
 
 def load_config(model: str) -> Mapping[str, Any]:
-    """Return the configuration of a checkpoint or of one of the benchmark's shapes."""
+    """Return the configuration of one of the benchmark's shapes, a folder, a file, or a hub's."""
     from megatrain.cli.bench.shapes import SHAPES
     from megatrain.config.estimate.model import read_config
 
@@ -108,12 +114,23 @@ def load_config(model: str) -> Mapping[str, Any]:
         shape = SHAPES[model]
         kind = MODEL_TYPES.get(shape.config_class, shape.config_class)
         return {**shape.fields, "model_type": kind}
-    if not Path(model).exists():
+    if Path(model).exists():
+        return read_config(model)
+    return read_config(_locate(model))
+
+
+def _locate(model: str) -> Path:
+    """Return the folder of a hub's model, with its configuration alone."""
+    from megatrain.checkpoint.locate import locate
+    from megatrain.cli.bench.shapes import SHAPES
+
+    try:
+        return locate(model, ["config.json"])
+    except CheckpointError as error:
         raise ConfigError(
-            f"no checkpoint at {model!r}, and no shape of this name",
+            f"no checkpoint at {model!r}, and no shape of this name: {error.message}",
             hint=f"shapes: {', '.join(SHAPES)}",
-        )
-    return read_config(model)
+        ) from error
 
 
 def parse_bytes(text: str) -> int:

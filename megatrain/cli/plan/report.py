@@ -45,7 +45,9 @@ def toml(best: Candidate) -> list[str]:
     lines = ["", "[mesh]", *(f"{axis} = {size}" for axis, size in axes.items())]
     lines += ["", "[model]", f'mixed_precision = "{training.precision}"']
     lines += [f"max_tokens_per_microbatch = {training.microbatch}"]
-    return lines + (["recompute = true", ""] if training.recompute else [""])
+    lines += ["recompute = true"] if training.recompute else []
+    lines += ["", "[optimizer]", "offload_optimizer = true"] if training.offload_optimizer else []
+    return [*lines, ""]
 
 
 def command(cluster: Cluster) -> str:

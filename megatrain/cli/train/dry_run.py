@@ -1,6 +1,7 @@
 """`megatrain train --dry-run`: layout, batches and estimated memory, from row lengths alone.
 
-Rows are encoded, as they are for the run (and cached for it); no weight is read, no rank started.
+Names and options are checked and rows encoded, as they are for the run (and cached for it); no
+weight is read, no rank started.
 """
 
 import itertools
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.checkpoint.locate import locate
+from megatrain.checkpoint.locate import TOKENIZER_FILES, locate
 from megatrain.cli.train import rows
+from megatrain.cli.train.check import check_run
 from megatrain.cli.train.job import count_steps
 from megatrain.cli.train.mesh import mesh_of
-from megatrain.cli.train.model import adapter_options
+from megatrain.cli.train.model import adapter_options, complete_schedule
 from megatrain.cli.train.recipes import RECIPES, loss_of
 from megatrain.config.estimate import Training, estimate, render
 from megatrain.config.model import DEFAULT_TOKENS_PER_MICROBATCH
@@ -24,6 +26,7 @@ from megatrain.config.run import RunConfig
 from megatrain.data.loader import DataLoader
 from megatrain.data.packed_dataset import PackingDataset
 from megatrain.parallel.layout import DeviceMesh
+from megatrain.platforms.choose import choose_platform, prepare
 from megatrain.train.bins import plan_bins
 
 MAX_BATCHES = 200
@@ -50,22 +53,28 @@ def dry_run(config: RunConfig, *, num_ranks: int) -> None:
     """Print what a run would do.  Raises what the run itself would raise up to its weights."""
     mesh = mesh_of(config, num_ranks)
     loss = loss_of(config)
+    prepare(choose_platform("cpu"))  # any will do: nothing is computed, and it is always there
+    check_run(config, loss)
     spec = adapter_options(config)
     what = "all parameters" if spec is None else f"LoRA r={spec.r}"
     print(f"recipe    {config.recipe}: {type(loss).__name__}, {what}, {config.optimizer.name}")
     print(f"layout    {mesh.describe()} on {num_ranks} rank(s)")
     rows.say_progress(shows="RANK" not in os.environ)
+    held_out = rows.evaluation_rows(config)
     loader = rows.training_loader(config, rows.training_rows(config), mesh)
+    complete_schedule(config, count_steps(config, loader))
     batches = plan(config, mesh, itertools.islice(loader, MAX_BATCHES))
     for line in describe(config, loader, batches):
         print(line)
+    if held_out is not None:
+        print(f"held out  {len(held_out):,} rows")
     for line in render(estimate(str(folder_of(config)), mesh, training_of(config, batches))):
         print(line)
 
 
 def folder_of(config: RunConfig) -> Path:
     """Return the checkpoint's folder."""
-    return locate(config.model.id)
+    return locate(config.model.id, TOKENIZER_FILES)
 
 
 def plan(
@@ -138,9 +147,16 @@ def training_of(config: RunConfig, batches: Sequence[PlannedBatch]) -> Training:
         precision=config.model.mixed_precision,
         lora=adapter_options(config),
         optimizer=config.optimizer.name,
+        offload_optimizer=_offloads(config),
         recompute=config.model.recompute,
         sequence_length=max(batch.longest for batch in batches),
         tokens_per_microbatch=max(batch.largest for batch in batches),
         tokens_per_step=tokens // len(batches) * config.train.gradient_accumulation_steps,
         label_fraction=sum(batch.labels for batch in batches) / tokens,
     )
+
+
+def _offloads(config: RunConfig) -> bool:
+    """Tell whether the optimizer's state leaves the device: a CPU has no other place for it."""
+    asked = config.optimizer.options.get("offload_optimizer", False)
+    return bool(asked) and config.platform != "cpu"

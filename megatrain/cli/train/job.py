@@ -1,6 +1,7 @@
 """What each rank runs: `python -m megatrain.cli.train.job config.json`, or called by the command.
 
-Everything is built in the order in which it can fail cheaply: loss, rows, then weights.
+Everything is built in the order in which it can fail cheaply: loss, names and options, rows, then
+weights.
 """
 
 import json
@@ -11,11 +12,12 @@ from pathlib import Path
 import megatrain
 from megatrain.cli.quickstart.child import report_failure
 from megatrain.cli.train import rows
+from megatrain.cli.train.check import check_run
 from megatrain.cli.train.folder import RunFolder
 from megatrain.cli.train.history import History
 from megatrain.cli.train.loop import train
 from megatrain.cli.train.mesh import mesh_of
-from megatrain.cli.train.model import build_model
+from megatrain.cli.train.model import build_model, reference_name
 from megatrain.cli.train.progress import Progress
 from megatrain.cli.train.ranks import Ranks, started_rank, started_ranks
 from megatrain.cli.train.recipes import loss_of
@@ -46,13 +48,15 @@ def run_job(config: RunConfig) -> int:
 def run_joined(config: RunConfig) -> int:
     """Do what `run_job` does, on ranks that have joined.  Collective."""
     loss, ranks = loss_of(config), Ranks()
+    check_run(config, loss)
     rows.say_progress(shows=ranks.is_first)
     with ranks.first_of_node_first():
-        training, held_out = rows.training_rows(config), rows.evaluation_rows(config)
+        held_out, training = rows.evaluation_rows(config), rows.training_rows(config)
     loader = rows.training_loader(config, training, ranks.mesh)
     steps = count_steps(config, loader)
     model = build_model(config, loss, steps=steps)
-    inputs = LossInputs(model, loss, max_length=config.data.max_length)
+    reference = reference_name(config, loss)
+    inputs = LossInputs(model, loss, max_length=config.data.max_length, reference=reference)
     eval_loader = None if held_out is None else rows.evaluation_loader(config, held_out)
     if config.full:
         _prepare_reference(inputs, config, training, eval_loader)

@@ -5,42 +5,74 @@ from typing import Any
 
 import megatrain
 from megatrain.cli.train.recipes import RECIPES
+from megatrain.cli.train.reference import BASE
 from megatrain.config.lora import LoraSpec
-from megatrain.config.plugins import build
+from megatrain.config.plugins import build, check_options, resolve
 from megatrain.config.run import RunConfig
 from megatrain.errors import ConfigError
 from megatrain.train.loss import Loss
 from megatrain.train.schedule import SCHEDULES, check_schedule
 
 ADAPTER = "default"
+REFERENCE = "reference"
+"""The adapter that training starts from, as it was: it has no optimizer and is never saved."""
 
 
 def build_model(config: RunConfig, loss: Loss, *, steps: int) -> Any:
     """Load the checkpoint and say what is trained, and how.  Collective.
 
-    Raises ConfigError for an optimizer, schedule or processor that cannot work before weights are
-    read.
+    Raises ConfigError for a schedule that does not suit so many steps before weights are read.
     """
-    from megatrain.train.optimizer import check_optimizer  # imports Megatron: after initialize
-
     optimizer, schedule = config.optimizer, config.schedule
-    check_optimizer(optimizer.name, optimizer.options)
     schedule_options = complete_schedule(config, steps)
-    processor = processor_of(config)
     held = config.model.model_dump(exclude={"id"})
     task = RECIPES[config.recipe].task
     model = megatrain.MegatronModel(config.model.id, task=task, **held)
-    if config.train.adapter is not None:
-        model.load(config.train.adapter, adapter_name=ADAPTER)
-    elif config.lora_spec is not None:
-        model.add_adapter_to_model(ADAPTER, config.lora_spec)
+    for name, options in patches_of(config):
+        model.apply_patch(name, trust_remote_code=config.data.trust_remote_code, **options)
+    _add_adapters(model, config, loss)
     model.set_optimizer(optimizer.name, **optimizer.options)
     if schedule.name != "none":
         model.set_lr_scheduler(schedule.name, **schedule_options)
     model.set_loss(loss)
-    if processor is not None:
-        model.set_processor(processor)
+    _set_processor(model, config, loss)
     return model
+
+
+def reference_name(config: RunConfig, loss: Loss) -> str:
+    """Return what the reference is called where an adapter is named: as in TRL, the adapter that
+    training starts from, or else the base.
+    """
+    starts_from_adapter = config.train.adapter is not None and "ref_logps" in loss.inputs
+    return REFERENCE if starts_from_adapter else BASE
+
+
+def _add_adapters(model: Any, config: RunConfig, loss: Loss) -> None:
+    """Give the model what is trained, which is the first adapter, and what it is compared with."""
+    if config.train.adapter is not None:
+        model.load(config.train.adapter, adapter_name=ADAPTER)
+    elif config.lora_spec is not None:
+        model.add_adapter_to_model(ADAPTER, config.lora_spec)
+    if reference_name(config, loss) == REFERENCE:
+        model.load(config.train.adapter, adapter_name=REFERENCE)
+
+
+def _set_processor(model: Any, config: RunConfig, loss: Loss) -> None:
+    processor = processor_of(config)
+    if processor is None:
+        return
+    model.set_processor(processor)
+    if reference_name(config, loss) == REFERENCE:
+        model.set_processor(processor, adapter_name=REFERENCE)
+
+
+def patches_of(config: RunConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Return names and options of the changes to the model.  Raises ConfigError."""
+    trust = config.data.trust_remote_code
+    for each in config.model_patches:
+        target = resolve("patch", each.name, trust_remote_code=trust)
+        check_options(target, each.options, what=f"patch {each.name}")
+    return [(each.name, each.options) for each in config.model_patches]
 
 
 def processor_of(config: RunConfig) -> Any:

@@ -1,7 +1,8 @@
 """What the model said before it was trained: log-probabilities for DPO, KTO and their like.
 
-With LoRA the reference is the base, which is there in every step.  A model that is trained as a
-whole is its own reference, so all rows are computed before the first step and kept.
+With LoRA the reference is the base or, where training starts from an adapter, a second copy of it;
+both are there in every step.  A model that is trained as a whole is its own reference, so all rows
+are computed before the first step and kept.
 """
 
 import hashlib
@@ -27,10 +28,20 @@ class LossInputs:
     """Computes, for each batch, what the loss takes beside the data."""
 
     def __init__(
-        self, model: Any, loss: Loss, *, max_length: int, max_values: int = MAX_VALUES
+        self,
+        model: Any,
+        loss: Loss,
+        *,
+        max_length: int,
+        reference: str = BASE,
+        max_values: int = MAX_VALUES,
     ) -> None:
-        """`max_values` log-probabilities are kept where a row may come again; all by prepare()."""
+        """`reference` is an adapter that is not trained, or the base.
+
+        `max_values` log-probabilities are kept where a row may come again; all by prepare().
+        """
         self._model, self._unit, self._max_length = model, loss.unit, max_length
+        self._reference_name = reference
         self._needs_reference = "ref_logps" in loss.inputs
         self._needs_kl = "kl" in loss.inputs
         self._known = Kept(max_values)
@@ -71,7 +82,9 @@ class LossInputs:
         if missing and self._is_frozen:
             raise _no_reference()
         if missing:
-            output = self._model.forward_only(inputs=list(missing.values()), adapter_name=BASE)
+            output = self._model.forward_only(
+                inputs=list(missing.values()), adapter_name=self._reference_name
+            )
             for index, key in enumerate(missing):
                 start = index * self._unit
                 self._known[key] = output.logps[start : start + self._unit]
@@ -81,7 +94,7 @@ class LossInputs:
         rows = (row for batch in batches for row in batch)
         for several in itertools.batched(mismatches(rows, self._max_length), PREPARED_AT_ONCE):
             inputs = [each for _, each in several]
-            output = self._model.forward_only(inputs=inputs, adapter_name=BASE)
+            output = self._model.forward_only(inputs=inputs, adapter_name=self._reference_name)
             for (row, each), total in zip(several, _sums(output), strict=True):
                 self._mismatched[row_key(row)] = each, total
 
@@ -99,7 +112,9 @@ class LossInputs:
             return 0.0
         else:
             rows = [mismatch(row, batch[i - 1], self._max_length) for i, row in enumerate(batch)]
-            reference = _sums(self._model.forward_only(inputs=rows, adapter_name=BASE))
+            reference = _sums(
+                self._model.forward_only(inputs=rows, adapter_name=self._reference_name)
+            )
         policy = _sums(self._model.forward_only(inputs=rows))
         return float(np.mean(np.subtract(policy, reference)))
 

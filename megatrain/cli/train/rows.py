@@ -28,16 +28,19 @@ def say_progress(*, shows: bool) -> None:
 
 def training_rows(config: RunConfig) -> Dataset:
     """Return the encoded training rows."""
-    if not config.data.packing:
-        return _encoded(config, config.data.train, Dataset(streaming=config.data.streaming))
-    packed = PackingDataset()
-    _encoded(config, config.data.train, packed)
+    data = config.data
+    if not data.packing:
+        empty = Dataset(streaming=data.streaming, on_error=data.on_error)
+        return _encoded(config, data.train, empty)
+    packed = PackingDataset(on_error=data.on_error)
+    _encoded(config, data.train, packed)
     return packed.pack_dataset()
 
 
 def evaluation_rows(config: RunConfig) -> Dataset | None:
     """Return the encoded evaluation rows; None without evaluation data.  They are not packed."""
-    return _encoded(config, config.data.eval, Dataset()) if config.data.eval else None
+    data = config.data
+    return _encoded(config, data.eval, Dataset(on_error=data.on_error)) if data.eval else None
 
 
 def training_loader(config: RunConfig, dataset: Dataset, mesh: DeviceMesh) -> DataLoader:
@@ -52,6 +55,16 @@ def evaluation_loader(config: RunConfig, dataset: Dataset) -> DataLoader:
     """Return the batches to evaluate on, in their order."""
     train = config.train
     return DataLoader(dataset, train.eval_batch_size or train.batch_size)
+
+
+def check_steps(config: RunConfig) -> None:
+    """Raise ConfigError for a preprocessor, filter or template that cannot be built."""
+    data = config.data
+    for source in (*data.eval, *data.train):
+        _build(config, "preprocessor", source.preprocessor or data.preprocessor)
+        for each in source.filters:
+            _build(config, "filter", each)
+    template_of(config)
 
 
 def _encoded(config: RunConfig, sources: Sequence[SourceSection], dataset: Dataset) -> Dataset:

@@ -26,7 +26,9 @@ class RankMemory:
     gradients: int
     """Bytes of the float32 sums."""
     optimizer: int
-    """Bytes of this rank's share of float32 masters and moments."""
+    """Bytes of this rank's share of float32 masters and moments; 0 where they are offloaded."""
+    host: int = 0
+    """Bytes of host memory: what an offloaded optimizer keeps there, and its gradients."""
     activations: int
     """Bytes that autograd keeps, of all micro-batches in flight."""
     workspace: int
@@ -57,7 +59,7 @@ def rank_memory(
         kinds[linear.kind] = kinds.get(linear.kind, 0) + linear.local(mesh)
     dense, experts = trained_entries(linears, mesh, training)
     weights = sum(kinds.values()) * training.bytes
-    gradients = optimizer = step = 0
+    gradients = optimizer = step = host = 0
     if training.optimizer is not None:
         if training.lora is not None:
             weights += (dense + experts) * training.bytes
@@ -68,6 +70,8 @@ def rank_memory(
         if mesh.dp * mesh.cp > 1:
             # The reduced gradient, and the new weights of all ranks before they are copied.
             step = round(4 * share) + gradients
+        if training.offload_optimizer:
+            host, optimizer = optimizer + round(4 * share), 0
     sharded = getattr(mesh, "fsdp", 1)
     if sharded > 1:
         weights = weights // sharded + _gathered(linears, mesh, training)
@@ -80,6 +84,7 @@ def rank_memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
+        host=host,
         activations=activations,
         workspace=workspace,
         step_workspace=step,

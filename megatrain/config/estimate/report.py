@@ -42,4 +42,4 @@ def _rank_line(rank: RankMemory, num_stages: int) -> str:
     peak = f"{name}: {human(rank.peak, 'B')} at most ({', '.join(parts)}"
     if rank.step_workspace > rank.activations + rank.workspace:
         peak += f"; in the optimizer step {human(rank.step_workspace, 'B')} instead of activations"
-    return peak + ")"
+    return f"{peak})" + (f", and {human(rank.host, 'B')} of the host's" if rank.host else "")

@@ -25,6 +25,8 @@ class Training:
     """LoraSpec, dict or peft.LoraConfig; None: all parameters are trained."""
     optimizer: str | None = "AdamW"
     """None: only forward passes, nothing is trained."""
+    offload_optimizer: bool = False
+    """Keep float32 masters and moments in the host's memory, and do the step there."""
     recompute: bool = False
     """Keep each layer's input alone, and compute the layer again in backward."""
     sequence_length: int = 1024

@@ -67,6 +67,8 @@ class RunConfig(Section):
     """PEFT's options; by default r = 8 on all linear layers."""
     data: DataSection
     """Rows."""
+    model_patches: tuple[Named, ...] = ()
+    """Named changes to the model, made in this order once it is built, where they apply."""
     processor: Named | None = None
     """Turns rows into model inputs; InputProcessor by default."""
     loss: LossSection = LossSection()

@@ -1,5 +1,6 @@
 """The sections of a run's TOML file.  Each option is stated once, with its default."""
 
+from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -145,6 +146,8 @@ class DataSection(Section):
     """Tokens of one row, and of one packed row."""
     packing: bool = False
     """Pack several rows into one of max_length; their borders are kept."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a row that cannot be used does: end the run with its file and line, or be left out."""
     streaming: bool = False
     """Read sources as they are needed; the number of rows is then unknown: set train.max_steps."""
     num_proc: PositiveInt | None = None
@@ -152,7 +155,7 @@ class DataSection(Section):
     load_from_cache_file: bool = True
     """Take mapped and encoded rows from an earlier run's cache."""
     trust_remote_code: bool = False
-    """Allow preprocessors, filters, templates, processors and losses from files and hub
+    """Allow preprocessors, filters, templates, processors, patches and losses from files and hub
     repositories."""
 
 
@@ -163,6 +166,14 @@ class ScheduleSection(Named):
     """A name that MegatronModel.set_lr_scheduler takes, or `none` for a constant rate."""
     warmup_ratio: NonNegativeFloat = Field(default=0.0, le=1.0)
     """Share of all steps over which the rate rises, unless num_warmup_steps says how many."""
+
+    @model_validator(mode="after")
+    def _is_no_option(self) -> Self:
+        # The schedule's own options do not know this key, and would name another one as nearest.
+        for key in self.options:
+            if get_close_matches(key, ["warmup_ratio"], cutoff=0.8):
+                raise ValueError(f"unknown key {key!r} in [schedule]; did you mean 'warmup_ratio'?")
+        return self
 
 
 class TrainSection(Section):
@@ -202,7 +213,7 @@ class TrainSection(Section):
     """Optimizer steps between lines of metrics.jsonl."""
     adapter: str | None = None
     """A PEFT adapter to start from: a folder, a hub's id or a URL.  Its options take the place of
-    [lora]; what is resumed counts more."""
+    [lora]; what is resumed counts more.  DPO, KTO and their like compare with it as it was."""
     resume: str = "none"
     """`none`, `auto` (the newest checkpoint in output_dir, if there is one), or a checkpoint."""
     skip_damaged: bool = False

@@ -45,7 +45,7 @@ def need_words(column: str, answer: Any) -> None:
     if isinstance(answer, str) and not answer.strip():
         raise DataError(
             f"{column} is an empty answer: {answer!r}",
-            hint='leave such rows out with a filter before, or with on_error="skip"',
+            hint="leave such rows out with a filter before",
         )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from megatrain.export.gather import stream
+from megatrain.errors import StateError
+from megatrain.export.gather import gather, stream
 from megatrain.export.rank_zero import texts_of_all
 from megatrain.export.state.record import (
     GRADIENTS,
@@ -100,6 +101,23 @@ def _pending(gradients: GradientAccumulator) -> list[Tensor]:
             shard.zero_grad()
             shard.grad_P.copy_(sums)
     return result
+
+
+def gradients(trainer: Trainer, name: str) -> dict[str, Tensor] | None:
+    """Return the gradient that a step would see now: float32, whole, by name, on rank 0.
+
+    None elsewhere.  Nothing changes: more may be added to it.  Raises StateError if there is none.
+    Collective.
+    """
+    own, groups = trainer.trained[name].gradients, trainer.network.groups
+    if own.divisor == 0:
+        raise StateError("there is no gradient", hint="call forward_backward first")
+    scale = 1.0 if own.is_reduced else 1.0 / own.divisor
+    values = [value.mul_(scale) for value in _pending(own)]
+    slices = itertools.chain.from_iterable(
+        _slices(shard, value) for shard, value in zip(own.shards, values, strict=True)
+    )
+    return gather(slices, groups)
 
 
 def _batches(

@@ -10,10 +10,11 @@ from megatrain.train.loss import Loss, LossBatch, LossInput, Statistics
 
 
 def cross_entropy(logps_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Return the sum of -weight * log p, a scalar.
+    """Return the sum of -weight * log p, a scalar: Tinker's cross_entropy.
 
-    Both (N,) float32.  Weights may have any sign and size; a label of weight 0 takes no part,
-    whatever its log-probability is.
+    With weights of 1 the negative log-likelihood, as torch.nn.functional.cross_entropy with
+    reduction="sum" has it of logits.  Both (N,) float32.  Weights may have any sign and size; a
+    label of weight 0 takes no part, whatever its log-probability is.
     """
     return -torch.where(weights_N != 0, logps_N * weights_N, 0.0).sum()
 

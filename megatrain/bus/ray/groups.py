@@ -1,0 +1,90 @@
+"""Groups of ranks on a Ray cluster, each with its driver: what initialize(mode='ray') calls."""
+
+import logging
+from contextlib import ExitStack
+from typing import Any
+
+from megatrain.bus.driver import Driver
+from megatrain.bus.ray.cluster import Cluster
+from megatrain.bus.ray.placement import Placement
+from megatrain.bus.ray.plan import Plan, make_plans, resolve
+from megatrain.bus.ray.ranks import RayRanks
+from megatrain.config.bus import BusConfig
+from megatrain.parallel.layout import DeviceMesh
+
+logger = logging.getLogger(__name__)
+
+
+def start_groups(
+    groups: Any,
+    config: BusConfig,
+    *,
+    mesh: DeviceMesh | None,
+    seed: int,
+    platform: str,
+    timeout_s: float,
+) -> dict[str, Driver]:
+    """Start the ranks of each DeviceGroup; return their drivers by the groups' names.
+
+    `mesh` belongs to the group called `model`, or the only one; other groups without a mesh are
+    data parallel.  The cluster is the one that the script or RAY_ADDRESS has joined; else one is
+    started on this host, which ends with the last driver.
+
+    With `config.journal` every group has a folder of its own in it.  Snapshots are written by the
+    ranks and looked for by the driver: with ranks on other nodes the journal must be a folder that
+    all nodes see, and without a journal there are none: lost ranks do all commands anew.
+
+    Raises ConfigError or LayoutError for groups that cannot work, PlatformError without Ray or
+    without room on the cluster, BusError if ranks do not start.  Then none of them runs.
+    """
+    plans = make_plans(groups, mesh, platform)
+    with ExitStack() as stack:
+        cluster = Cluster(num_cpus=sum(plan.num_cpus for plan in plans))
+        stack.callback(cluster.release)
+        plans = resolve(plans, cluster.resources)
+        placements = _place(plans, cluster, config.connect_timeout_s, stack)
+        drivers: dict[str, Driver] = {}
+        try:
+            for plan in plans:
+                ranks = RayRanks(
+                    placements[plan.owner], plan, _own(config, plan), seed=seed, timeout_s=timeout_s
+                )
+                drivers[plan.group.name] = _drive(ranks, placements[plan.owner], plan)
+        except BaseException:
+            for driver in drivers.values():
+                driver.close()
+            raise
+        return drivers
+
+
+def _place(
+    plans: list[Plan], cluster: Cluster, timeout_s: float, stack: ExitStack
+) -> dict[str, Placement]:
+    """Return where ranks may be, by the group whose devices these are."""
+    found = {}
+    for owner in [plan for plan in plans if plan.group.share_with is None]:
+        name = owner.group.name
+        sharing = [plan for plan in plans if plan.group.share_with == name]
+        found[name] = Placement(cluster, [owner, *sharing], timeout_s)
+        stack.callback(found[name].release)
+    return found
+
+
+def _own(config: BusConfig, plan: Plan) -> BusConfig:
+    """Return the configuration with a journal of the group's own."""
+    if config.journal is None:
+        return config
+    return config.model_copy(update={"journal": config.journal / plan.group.name})
+
+
+def _drive(ranks: RayRanks, placement: Placement, plan: Plan) -> Driver:
+    can_snapshot = placement.is_at_home or ranks.config.journal is not None
+    driver = Driver(ranks, ranks.config, mesh=None, can_snapshot=can_snapshot)
+    logger.info(
+        "group %s: %d rank(s) on %s, layout %s",
+        plan.group.name,
+        plan.group.num_ranks,
+        ", ".join(sorted(set(driver.welcome.hosts))),
+        plan.mesh.describe(),
+    )
+    return driver
