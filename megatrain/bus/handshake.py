@@ -37,8 +37,8 @@ class Welcome:
 def admit(link: FrameSocket, token: bytes, welcome: Callable[[str], Welcome]) -> str:
     """Let a driver in that knows the token, and return the name of its session.
 
-    `welcome` says who the ranks are to that session.  Raises BusError, and says why to the other
-    end, otherwise.
+    `welcome` says who the ranks are to that session, or raises BusError if it may not come in.
+    Raises BusError, and says why to the other end, for either.
     """
     size, link.max_bytes = link.max_bytes, HANDSHAKE_BYTES
     ours = secrets.token_bytes(32)
@@ -52,7 +52,12 @@ def admit(link: FrameSocket, token: bytes, welcome: Callable[[str], Welcome]) ->
         raise BusError("a driver with a wrong token was refused")
     proof = _proof(token, b"ranks", theirs, ours)
     link.max_bytes = size
-    link.send(Kind.WELCOME, {"proof": proof, "welcome": asdict(welcome(session))})
+    try:
+        who = asdict(welcome(session))
+    except BusError as error:
+        refuse(link, error.message)
+        raise
+    link.send(Kind.WELCOME, {"proof": proof, "welcome": who})
     return session
 
 

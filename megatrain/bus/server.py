@@ -10,13 +10,15 @@ from megatrain.bus.address import Address, keep_alive, read_token, server_contex
 from megatrain.bus.codec import Failure, encode
 from megatrain.bus.commands import RestoreSnapshot
 from megatrain.bus.frames import FrameSocket, Kind
-from megatrain.bus.handshake import HANDSHAKE_S, Welcome, admit, refuse
+from megatrain.bus.handshake import HANDSHAKE_S, Welcome, admit
 from megatrain.bus.jobs import CANCELLED, SEQ, Job
 from megatrain.config.bus import BusConfig
 from megatrain.errors import BusError
 
 logger = logging.getLogger(__name__)
 
+MAX_STRANGERS = 16
+"""Connections at once that have not proved yet that they have the token."""
 CANCELLED_REPLY = encode(
     {"failure": Failure("CancelledCommandError", "the command was cancelled before it began")}
 )
@@ -30,6 +32,7 @@ class Server:
         self.config, self._welcome = config, welcome
         self._token, self._tls = read_token(config), server_context(config)
         self._lock = threading.Lock()
+        self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
         self._driver: FrameSocket | None = None
         self._queue: queue.Queue[Job] = queue.Queue()
         self._cancelled: set[int] = set()
@@ -95,24 +98,20 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            if not self._strangers.acquire(blocking=False):
+                connection.close()  # too many at once that have not proved who they are
+                continue
             threading.Thread(
                 target=self._meet, args=(connection,), name="bus-driver", daemon=True
             ).start()
 
     def _meet(self, connection: socket.socket) -> None:
         """Admit a driver and read what it sends until it leaves."""
-        connection.settimeout(HANDSHAKE_S)
         try:
-            if self._tls is not None:
-                connection = self._tls.wrap_socket(connection, server_side=True)
-            elif connection.family != socket.AF_UNIX:
-                keep_alive(connection)
-            link = FrameSocket(connection, self.config.max_message_bytes)
-            if not self._admit(link):
-                return
-        except (BusError, OSError, TypeError, ValueError) as error:
-            logger.warning("a connection was closed: %s", error)
-            connection.close()
+            link = self._greet(connection)
+        finally:
+            self._strangers.release()
+        if link is None:
             return
         try:
             link.settimeout(None)
@@ -125,24 +124,41 @@ class Server:
                 self._driver = None
             link.close()
 
-    def _admit(self, link: FrameSocket) -> bool:
-        with self._lock:
-            busy, self._driver = self._driver is not None, self._driver or link
-        if busy:
-            refuse(link, "another driver is connected")
-            link.close()
-            return False
+    def _greet(self, connection: socket.socket) -> FrameSocket | None:
+        """Return the connection of a driver that was let in; None if it was not."""
+        connection.settimeout(HANDSHAKE_S)
         try:
-            admit(link, self._token, self._welcome_to)
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            elif connection.family != socket.AF_UNIX:
+                keep_alive(connection)
+            link = FrameSocket(connection, self.config.max_message_bytes)
+            self._admit(link)
+        except (BusError, OSError, TypeError, ValueError) as error:
+            logger.warning("a connection was closed: %s", error)
+            connection.close()
+            return None
+        return link
+
+    def _admit(self, link: FrameSocket) -> None:
+        """Let a driver in that has the token, unless another one is there."""
+        try:
+            admit(link, self._token, lambda session: self._welcome_to(session, link))
         except BaseException:
             with self._lock:
-                self._driver = None
+                if self._driver is link:
+                    self._driver = None
             raise
-        return True
 
-    def _welcome_to(self, session: str) -> Welcome:
-        """Return who the ranks are to a driver; to another one than before, as if just started."""
+    def _welcome_to(self, session: str, link: FrameSocket) -> Welcome:
+        """Return who the ranks are to a driver; to another one than before, as if just started.
+
+        It has proved that it has the token.  Raises BusError if another one is connected.
+        """
         with self._lock:
+            if self._driver is not None:
+                raise BusError("another driver is connected")
+            self._driver = link
             if session != self._session:
                 is_first, self._session = not self._session, session
                 self._last_seq = self._started = 0

@@ -14,6 +14,7 @@ MAX_LINES = 400
 
 TOP_LEVEL = {
     ".ci",
+    ".dockerignore",
     ".github",
     ".gitignore",
     ".python-version",

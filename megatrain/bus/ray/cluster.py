@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import secrets
+import sys
 import threading
 from typing import Any
 
@@ -16,16 +17,24 @@ OURS = {
     # ranks of this host have both already.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # Ray listens on all interfaces, and runs what it is told
+    # Ray listens on all interfaces and runs what it is told: by whoever knows this secret.
+    "RAY_AUTH_MODE": "token",
 }
 """Variables of a cluster that is started here, unless they are set."""
 
 
 def import_ray() -> Any:
-    """Return Ray.  Raises PlatformError if it is not installed."""
-    if not os.environ.get("RAY_ADDRESS"):
+    """Return Ray, told how a cluster that starts here is to be.  Raises PlatformError without it.
+
+    Ray reads some of its variables when it is imported, and its secret once in a process.
+    """
+    loaded = sys.modules.get("ray")
+    if not os.environ.get("RAY_ADDRESS") and not (loaded and loaded.is_initialized()):
         for name, value in OURS.items():
             os.environ.setdefault(name, value)
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            # By default Ray would leave it in a file that others of this host can read.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         return importlib.import_module("ray")
     except ImportError as error:
@@ -63,11 +72,9 @@ class Cluster:
             )
 
     def _start(self, num_cpus: int) -> None:
-        if not any(os.environ.get(f"RAY_AUTH_TOKEN{end}") for end in ("", "_PATH")):
-            # A secret of its own, kept in memory: Ray's default is a file that all can read.
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # On processors more ranks than cores are slow, but nothing to refuse.
-        self.ray.init(num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=False)
+        cores = max(os.cpu_count() or 1, num_cpus)
+        self.ray.init(address="local", num_cpus=cores, include_dashboard=False)
 
     def _join(self) -> None:
         try:

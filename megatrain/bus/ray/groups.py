@@ -10,6 +10,7 @@ from megatrain.bus.ray.placement import Placement
 from megatrain.bus.ray.plan import Plan, make_plans, resolve
 from megatrain.bus.ray.ranks import RayRanks
 from megatrain.config.bus import BusConfig
+from megatrain.errors import ConfigError
 from megatrain.parallel.layout import DeviceMesh
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ def start_groups(
     """Start the ranks of each DeviceGroup; return their drivers by the groups' names.
 
     `mesh` belongs to the group called `model`, or the only one; other groups without a mesh are
-    data parallel.  The cluster is the one that the script or RAY_ADDRESS has joined; else one is
-    started on this host, which ends with the last driver.
+    data parallel.  The cluster is the one that the script has joined by ray.init, or that of
+    RAY_ADDRESS (`auto` is the one of this host); else one is started, which ends with the last
+    driver.
 
     With `config.journal` every group has a folder of its own in it.  Snapshots are written by the
     ranks and looked for by the driver: with ranks on other nodes the journal must be a folder that
@@ -37,6 +39,8 @@ def start_groups(
     Raises ConfigError or LayoutError for groups that cannot work, PlatformError without Ray or
     without room on the cluster, BusError if ranks do not start.  Then none of them runs.
     """
+    if config.fork_ranks:
+        raise ConfigError("fork_ranks has no effect in mode 'ray': actors start their ranks anew")
     plans = make_plans(groups, mesh, platform)
     with ExitStack() as stack:
         cluster = Cluster(num_cpus=sum(plan.num_cpus for plan in plans))

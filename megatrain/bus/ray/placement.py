@@ -35,7 +35,7 @@ class Placement:
 
         Raises PlatformError if there is none in time.
         """
-        # `ray.util.placement_group` is also the name of a function, so that a module's import fails.
+        # `from ray.util import placement_group` would give a function of that name.
         api = importlib.import_module("ray.util.placement_group")
         self.cluster, self._api = cluster, api
         self._holders, self._lock = 1, threading.Lock()
