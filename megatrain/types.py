@@ -82,3 +82,18 @@ class StepOutput:
     """How many numbers each of those is a mean over."""
     squares: float = 0.0
     """Sum of the squared lengths of this call's sequences: what attention costs."""
+    adapters: Mapping[str, "StepOutput"] = field(default_factory=dict, repr=False)
+    """Where a call named an adapter for each datum: each adapter's own result."""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    """Of such a call: adapters whose loss failed or was not finite, and why.  Their gradients are
+    as before the call, and their log-probabilities are NaN; the others' are what they should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBatch:
+    """One adapter's data in a pass of several."""
+
+    adapter: str
+    inputs: Sequence[Any]
+    """InputFeatures."""
+    loss_inputs: Mapping[str, Any] = field(default_factory=dict)

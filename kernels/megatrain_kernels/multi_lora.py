@@ -1,7 +1,7 @@
 """LoRA deltas of many adapters in one packed batch: each run of tokens has factors of its own.
 
-T tokens in G runs of `counts` tokens each (they add up to T), I in-features, O out-features, S_g the
-rank of run g, W the width of h, at least the largest S_g.  A run without an adapter has None.
+T tokens in G runs of `counts` tokens each (they add up to T), I in-features, O out-features, S_g
+the rank of run g, W the width of h, at least the largest S_g.  A run without an adapter has None.
 
     shrink   h = x A_g^T, zero beyond S_g             (T, I) -> (T, W)
     expand   out + h[:, :S_g] B_g^T                   (T, W), (T, O) -> (T, O)

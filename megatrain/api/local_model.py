@@ -1,5 +1,6 @@
 """A model of mode 'local': every rank runs the user's script, and commands are done here."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -33,11 +34,16 @@ class LocalModel:
         self.host.check(command)
         return self.host.run(command)  # type: ignore[arg-type]
 
-    def submit(self, command: Command, timeout_s: float | None) -> "Future[Any]":
+    def submit(
+        self,
+        command: Command,
+        timeout_s: float | None,
+        finish: Callable[[Any], Any] = lambda value: value,
+    ) -> "Future[Any]":
         """Do a command at once; `timeout_s` is for ranks that are other processes."""
         done: Future[Any] = Future()
         try:
-            done.set_result(self.call(command))
+            done.set_result(finish(self.call(command)))
         except Exception as error:  # noqa: BLE001 - raised where the result is asked for
             done.set_exception(error)
         return done

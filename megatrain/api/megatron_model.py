@@ -5,29 +5,32 @@ script calls them, and the ranks are other processes.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatrain.api.checkpoints import Checkpoints
 from megatrain.api.inputs import Inputs
+from megatrain.api.mixed_call import MixedCall
 from megatrain.api.session import open_model
 from megatrain.bus import commands
-from megatrain.bus.adapter_names import resolve
+from megatrain.bus.adapter_names import resolve, resolve_pass
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
 from megatrain.errors import ConfigError
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.types import InputFeature, StepOutput
 
+AdapterNames = str | Sequence[str] | None
+"""An adapter; or one a datum; None is the first that is trained."""
 BASE = ""
 """Stands for the base model where an adapter is named."""
 
 
-class MegatronModel:
+class MegatronModel(Checkpoints):
     """A Hugging Face checkpoint spread over the ranks of `initialize`'s mesh, to train with LoRA.
 
     Args:
@@ -71,6 +74,11 @@ class MegatronModel:
     @property
     def _network(self) -> Any:
         return self._trainer.network
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters that are trained, in the order in which they were added; "" is the base."""
+        return list(self._engine.trained)
 
     def _call(self, command: Any, /, **fields: Any) -> Any:
         return self._engine.call(command(model=self._engine.key, **fields))
@@ -193,7 +201,7 @@ class MegatronModel:
         self,
         *,
         inputs: Sequence[InputFeature],
-        adapter_name: str | None = None,
+        adapter_name: AdapterNames = None,
         micro_batch_size: int | None = None,
         **loss_inputs: Any,
     ) -> StepOutput:
@@ -202,23 +210,20 @@ class MegatronModel:
         `loss_inputs` are what the loss takes (old_logps, advantages, ref_logps, ...): a list with
         one entry a datum, each one number, or a number for each label.  `micro_batch_size` data
         are in a micro-batch, instead of what the model was made with.
+
+        With a list in `adapter_name`, one name a datum, each datum goes to its own adapter, under
+        that adapter's loss, all in one pass where they can share one; `loss_inputs` are None where
+        a datum's loss takes no such input.  See StepOutput.adapters and StepOutput.errors.
         """
-        output: StepOutput = self._engine.call(
-            self._pass(
-                commands.ForwardBackward,
-                self._name(adapter_name),
-                inputs,
-                micro_batch_size,
-                loss_inputs,
-            )
-        )
+        command, finish = self._pass(True, adapter_name, inputs, micro_batch_size, loss_inputs)
+        output: StepOutput = finish(self._engine.call(command))
         return output
 
     def forward_backward_async(
         self,
         *,
         inputs: Sequence[InputFeature],
-        adapter_name: str | None = None,
+        adapter_name: AdapterNames = None,
         micro_batch_size: int | None = None,
         timeout_s: float | None = None,
         **loss_inputs: Any,
@@ -228,70 +233,75 @@ class MegatronModel:
         Commands are done in the order of the calls; a queued one can be cancelled.  `timeout_s` is
         the deadline on the ranks, instead of the kind's own.  In mode 'local' it is done at once.
         """
-        name = self._name(adapter_name)
-        command = self._pass(commands.ForwardBackward, name, inputs, micro_batch_size, loss_inputs)
-        return self._engine.submit(command, timeout_s)
-
-    def _pass(
-        self,
-        kind: Any,
-        name: str,
-        inputs: Any,
-        micro_batch_size: int | None,
-        loss_inputs: dict[str, Any],
-    ) -> Any:
-        trained = self._engine.trained
-        shared = name if name in trained else next(iter(trained), BASE)
-        return kind(
-            model=self._engine.key,
-            adapter=name,
-            inputs=inputs,
-            loss_inputs=loss_inputs,
-            micro_batch_size=micro_batch_size,
-            prepare=self._inputs[shared],
-        )
+        command, finish = self._pass(True, adapter_name, inputs, micro_batch_size, loss_inputs)
+        return self._engine.submit(command, timeout_s, finish)
 
     def forward_only(
         self,
         *,
         inputs: Sequence[InputFeature],
-        adapter_name: str | None = None,
+        adapter_name: AdapterNames = None,
         micro_batch_size: int | None = None,
         **loss_inputs: Any,
     ) -> StepOutput:
         """Return log-probabilities and the loss under an adapter; without adapters, the base.
 
-        `adapter_name` "" asks for the base although there are adapters.  A loss that needs inputs
-        which the call has not, or whole pairs, is replaced by the cross-entropy.
+        `adapter_name` "" asks for the base although there are adapters; a list is as in
+        forward_backward.  A loss that needs inputs which the call has not, or whole pairs, is
+        replaced by the cross-entropy.
         """
-        output: StepOutput = self._engine.call(
-            self._pass(
-                commands.Forward,
-                self._base_or(adapter_name),
-                inputs,
-                micro_batch_size,
-                loss_inputs,
-            )
-        )
+        command, finish = self._pass(False, adapter_name, inputs, micro_batch_size, loss_inputs)
+        output: StepOutput = finish(self._engine.call(command))
         return output
 
     def forward_only_async(
         self,
         *,
         inputs: Sequence[InputFeature],
-        adapter_name: str | None = None,
+        adapter_name: AdapterNames = None,
         micro_batch_size: int | None = None,
         timeout_s: float | None = None,
         **loss_inputs: Any,
     ) -> "Future[StepOutput]":
         """Queue a forward_only and return its future, as forward_backward_async does."""
-        name = self._base_or(adapter_name)
-        command = self._pass(commands.Forward, name, inputs, micro_batch_size, loss_inputs)
-        return self._engine.submit(command, timeout_s)
+        command, finish = self._pass(False, adapter_name, inputs, micro_batch_size, loss_inputs)
+        return self._engine.submit(command, timeout_s, finish)
 
-    def _base_or(self, adapter_name: str | None) -> str:
-        base = adapter_name == BASE or (adapter_name is None and not self._engine.trained)
-        return BASE if base else self._name(adapter_name)
+    def _pass(
+        self,
+        train: bool,
+        adapters: AdapterNames,
+        inputs: Any,
+        micro_batch_size: int | None,
+        loss_inputs: dict[str, Any],
+    ) -> tuple[Any, Callable[[Any], StepOutput]]:
+        """Return the command of a pass, and what makes a StepOutput of its result."""
+        key, known = self._engine.key, self._engine.trained
+        if adapters is None or isinstance(adapters, str):
+            name = resolve_pass(adapters, known, train=train)
+            kind = commands.ForwardBackward if train else commands.Forward
+            return kind(
+                model=key,
+                adapter=name,
+                inputs=inputs,
+                loss_inputs=loss_inputs,
+                micro_batch_size=micro_batch_size,
+                prepare=self._inputs_of(name),
+            ), lambda output: output
+        if micro_batch_size is not None:
+            raise ConfigError(
+                f"micro_batch_size={micro_batch_size} has no effect on a pass of several adapters",
+                hint="MegatronModel(max_tokens_per_microbatch=...) bounds their micro-batches",
+            )
+        for name in set(adapters):
+            resolve_pass(name, known, train=train)
+        call = MixedCall(adapters, inputs, loss_inputs, self._inputs_of)
+        many = commands.ForwardBackwardMany if train else commands.ForwardMany
+        return many(model=key, batches=call.batches), call.output
+
+    def _inputs_of(self, name: str) -> Inputs:
+        known = self._engine.trained
+        return self._inputs[name if name in known else next(iter(known), BASE)]
 
     def clip_grad_and_step(
         self, max_grad_norm: float = 1.0, *, adapter_name: str | None = None
@@ -375,80 +385,6 @@ class MegatronModel:
             commands.GetState, adapter=adapter_name, gradients=True
         )
         return gradients
-
-    def save(
-        self,
-        name: str,
-        output_dir: str | Path = "output",
-        save_optimizer: bool = False,
-        consumed_train_samples: int | None = None,
-        *,
-        adapter_name: str | None = None,
-        background: bool = False,
-    ) -> str:
-        """Write what is trained to `output_dir/name`, verify it, return its path.  Collective.
-
-        An adapter becomes a PEFT directory; a model that is trained as a whole, a Hugging Face
-        checkpoint.  `save_optimizer` adds all that `resume_from_checkpoint` needs, on any layout,
-        in the subfolder `state`; `consumed_train_samples` is kept there for it.  With `background`
-        files are written while training goes on; the next save, `wait_for_save` and the end of the
-        process wait for them.
-
-        Raises ExportError, and leaves what was there before, if the file does not hold what was
-        trained; also for a save in the background that failed before.
-        """
-        directory: str = self._call(
-            commands.Save,
-            adapter=adapter_name,
-            directory=str(Path(output_dir) / name),
-            save_optimizer=save_optimizer,
-            consumed_train_samples=consumed_train_samples,
-            background=background,
-        )
-        return directory
-
-    def wait_for_save(self) -> None:
-        """Wait for a save in the background.  Raises ExportError if it failed.  Collective."""
-        self._call(commands.WaitForSave)
-
-    def load(self, adapter: str | Path, *, adapter_name: str | None = None) -> None:
-        """Start from an adapter in PEFT's format: a folder, a hub's id or a URL.  Collective.
-
-        An adapter that is not there yet is made with the options of the file, as "default" unless
-        `adapter_name` says another; one that is there must have the same.  Steps begin at 0; an
-        optimizer is chosen as for a new adapter.  A whole training state, with its optimizer and
-        step, is for `resume_from_checkpoint`.
-
-        Raises CheckpointError or ConfigError, before anything has changed, for a file that is
-        damaged, that does not fit the base, or that asks for what is not supported (DoRA).
-        """
-        self._call(commands.Load, adapter=adapter_name, place=str(adapter))
-
-    def resume_from_checkpoint(
-        self,
-        resume_from_checkpoint: str | Path,
-        *,
-        adapter_name: str | None = None,
-        use_previous: bool = False,
-    ) -> dict[str, Any]:
-        """Go on from what `save(save_optimizer=True)` wrote, on any layout.  Collective.
-
-        Returns cur_step, the steps taken, and consumed_train_samples (None if it was not given).
-        Adapter, optimizer and schedule are made as they were saved unless they are set already;
-        then they must be of the same kind, and options set here count.
-
-        Raises CheckpointError, before anything has changed, for a file that is missing, cut short
-        or altered, another base model or other LoRA options; with `use_previous`, damage means
-        that the complete checkpoint before it in the same folder is taken, with a warning.
-        Raises ConfigError for an optimizer or schedule of another kind.
-        """
-        place: dict[str, Any] = self._call(
-            commands.Resume,
-            adapter=adapter_name,
-            checkpoint=str(resume_from_checkpoint),
-            use_previous=use_previous,
-        )
-        return place
 
     def close(self) -> None:
         """Forget the model and all that was trained of it; nothing can be called after this."""

@@ -1,25 +1,28 @@
 """A model whose ranks are other processes: commands are made fit to travel, and sent.  No torch."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from megatrain.bus.codec import RawTensor
+from megatrain.bus.codec import Failure, RawTensor
 from megatrain.bus.commands import (
     ApplyPatch,
     CloseModel,
     Command,
     Forward,
     ForwardBackward,
+    ForwardBackwardMany,
+    ForwardMany,
     GetState,
     OpenModel,
     SetLoss,
 )
 from megatrain.bus.driver import Driver
+from megatrain.bus.failures import error_of
 from megatrain.errors import ConfigError
 from megatrain.types import LazyRow
 
@@ -43,18 +46,34 @@ class RemoteModel:
         """Send a command, wait for it and return its result."""
         return self.submit(command, None).result()
 
-    def submit(self, command: Command, timeout_s: float | None) -> "Future[Any]":
+    def submit(
+        self,
+        command: Command,
+        timeout_s: float | None,
+        finish: Callable[[Any], Any] = lambda value: value,
+    ) -> "Future[Any]":
         """Send a command.  Raises ConfigError for what cannot travel, DataError for a bad batch."""
         if isinstance(command, CloseModel):
             self._finalizer.detach()
         command = portable(command)
 
-        def finish(value: Any, trained: list[str]) -> Any:
+        def receive(value: Any, trained: list[str]) -> Any:
             self.trained = trained
-            is_state = isinstance(command, GetState) and value is not None
-            return tensors_of(value) if is_state else value
+            return finish(_received(command, value))
 
-        return self._driver.submit(command, deadline_s=timeout_s, finish=finish)
+        return self._driver.submit(command, deadline_s=timeout_s, finish=receive)
+
+
+def _received(command: Command, value: Any) -> Any:
+    """Return a command's result as it would be here."""
+    if isinstance(command, GetState) and value is not None:
+        return tensors_of(value)
+    if isinstance(command, ForwardBackwardMany | ForwardMany):
+        return {
+            name: error_of(each) if isinstance(each, Failure) else each
+            for name, each in value.items()
+        }
+    return value
 
 
 def portable(command: Command) -> Command:
@@ -65,9 +84,10 @@ def portable(command: Command) -> Command:
     match command:
         case ForwardBackward() | Forward():
             inputs = command.inputs if command.prepare is None else command.prepare(command.inputs)
-            if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
-                inputs = [_datum(item) for item in inputs]
-            return replace(command, inputs=inputs, prepare=None)
+            return replace(command, inputs=_data(inputs), prepare=None)
+        case ForwardBackwardMany() | ForwardMany():
+            batches = [replace(each, inputs=_data(each.inputs)) for each in command.batches]
+            return replace(command, batches=batches)
         case SetLoss() | ApplyPatch():
             return replace(command, spec=importable(command.spec))
         case _:
@@ -90,6 +110,12 @@ def importable(spec: Any) -> Any:
             hint="define it at the top level of a module; a lambda or closure has no name there",
         )
     return f"{module}:{name}"
+
+
+def _data(inputs: Any) -> Any:
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+        return [_datum(item) for item in inputs]
+    return inputs
 
 
 def _datum(item: Any) -> Any:

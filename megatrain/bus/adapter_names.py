@@ -14,3 +14,13 @@ def resolve(adapter: str | None, known: list[str]) -> str:
             hint="call add_adapter_to_model first, or set_optimizer to train all parameters",
         )
     return adapter
+
+
+def resolve_pass(adapter: str | None, known: list[str], *, train: bool) -> str:
+    """Return the name that a pass means; one without gradients may mean the base, "".
+
+    Raises StateError.
+    """
+    if not train and (adapter == "" or (adapter is None and not known)):
+        return ""
+    return resolve(adapter, known)

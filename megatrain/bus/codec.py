@@ -19,7 +19,7 @@ import numpy as np
 from megatrain.bus.beat import Beat
 from megatrain.bus.commands import COMMANDS
 from megatrain.errors import BusError, ConfigError
-from megatrain.types import StepOutput
+from megatrain.types import AdapterBatch, StepOutput
 
 _ARRAY, _RAW, _RECORD = 1, 2, 3
 """Kinds of msgpack's extension types."""
@@ -54,6 +54,7 @@ class Failure:
 
 RECORDS: dict[str, type[Any]] = {
     **COMMANDS,
+    "AdapterBatch": AdapterBatch,
     "StepOutput": StepOutput,
     "Failure": Failure,
     "Beat": Beat,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from megatrain.types import InputFeature
+from megatrain.types import AdapterBatch, InputFeature
 
 SHORT_S, PASS_S, FILES_S = 60.0, 600.0, 1800.0
 """Deadlines of what only looks or sets, of a pass or step, and of reading or writing files."""
@@ -129,6 +129,23 @@ class Forward(AdapterCommand):
     micro_batch_size: int | None = None
     prepare: Callable[[Any], Any] | None = None
     """Makes InputFeatures of `inputs`; never sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBackwardMany(Command):
+    """Add the gradients of several adapters' data, in one pass where they can share one."""
+
+    deadline_s: ClassVar[float] = PASS_S
+    batches: Sequence[AdapterBatch]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardMany(Command):
+    """Return log-probabilities and losses of several adapters' data."""
+
+    mutates: ClassVar[bool] = False
+    deadline_s: ClassVar[float] = PASS_S
+    batches: Sequence[AdapterBatch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +295,8 @@ ModelCommand = (
     | ApplyPatch
     | ForwardBackward
     | Forward
+    | ForwardBackwardMany
+    | ForwardMany
     | ClipGradAndStep
     | ClipGradNorm
     | Step

@@ -33,7 +33,8 @@ def serve(connection: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # a collection in a rank need not copy what was imported before the fork
     connection.sendall(b"{}\n")
-    pending, files = b"", []
+    pending: bytes = b""
+    files: list[int] = []
     while True:
         _tell_of_the_dead(connection)
         ready, _, _ = select.select([connection], [], [], POLL_S)

@@ -24,6 +24,8 @@ from megatrain.bus.commands import (
     DescribeTraining,
     Forward,
     ForwardBackward,
+    ForwardBackwardMany,
+    ForwardMany,
     GetState,
     Load,
     LrStep,
@@ -45,6 +47,8 @@ from megatrain.errors import ConfigError
 from megatrain.export.state.collect import gradients
 from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
+from megatrain.train.mixed_collect import Results
+from megatrain.train.mixed_step import run_mixed
 from megatrain.train.step import BASE, Trainer
 from megatrain.train.utilisation import Utilisation
 from megatrain.types import StepOutput
@@ -77,6 +81,10 @@ class ModelHost:
                 return
             case AddAdapter() | WaitForSave() | ApplyPatch() | Load() | Resume() | OpenModel():
                 return
+            case ForwardBackwardMany(batches=batches) | ForwardMany(batches=batches):
+                for batch in batches:
+                    if isinstance(command, ForwardBackwardMany) or batch.adapter != BASE:
+                        self.name(batch.adapter)
             case Forward(adapter=name) if name == BASE or not (name or self.trainer.trained):
                 return
             case _:
@@ -86,7 +94,7 @@ class ModelHost:
         """Return the adapter that is meant: the first one if none is named, or the base."""
         return resolve(adapter, self.trained)
 
-    def run(self, command: ModelCommand) -> Any:
+    def run(self, command: ModelCommand) -> Any:  # noqa: C901 - one short case a command
         """Do what the command says, and return its result.  Collective."""
         trainer = self.trainer
         match command:
@@ -94,6 +102,10 @@ class ModelHost:
                 return self._forward_backward(command)
             case Forward():
                 return self._forward(command)
+            case ForwardBackwardMany():
+                return self._many(command)
+            case ForwardMany():
+                return run_mixed(trainer, command.batches, train=False)
             case ClipGradAndStep():
                 name = self.name(command.adapter)
                 norm = trainer.clip_grad_and_step(name, command.max_grad_norm)
@@ -181,6 +193,17 @@ class ModelHost:
             micro_batch_size=command.micro_batch_size,
             prepare=command.prepare,
         )
+
+    def _many(self, command: ForwardBackwardMany) -> Results:
+        start = time.perf_counter()
+        results = run_mixed(self.trainer, command.batches, train=True)
+        seconds = time.perf_counter() - start
+        outputs = {name: each for name, each in results.items() if isinstance(each, StepOutput)}
+        tokens = {name: sum(map(len, each.logps)) for name, each in outputs.items()}
+        for name, output in outputs.items():
+            share = tokens[name] / max(1, sum(tokens.values()))
+            self.metrics_of(name).add(output, seconds * share)
+        return results
 
     def _add(self, command: AddAdapter) -> None:
         engine.add_adapter(

@@ -128,10 +128,10 @@ class Server:
         """Return the connection of a driver that was let in; None if it was not."""
         connection.settimeout(HANDSHAKE_S)
         try:
+            if connection.family != socket.AF_UNIX:
+                keep_alive(connection)
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_side=True)
-            elif connection.family != socket.AF_UNIX:
-                keep_alive(connection)
             link = FrameSocket(connection, self.config.max_message_bytes)
             self._admit(link)
         except (BusError, OSError, TypeError, ValueError) as error:

@@ -21,6 +21,8 @@ from megatrain.bus.codec import Failure, RawTensor, decode, encode
 from megatrain.bus.commands import (
     CloseModel,
     Command,
+    ForwardBackwardMany,
+    ForwardMany,
     GetState,
     Inspect,
     OpenModel,
@@ -85,7 +87,7 @@ class Worker:
             assert command is not None
             value, failure = self._do(command)
             failure = self._channel.vote(failure)
-        tokens = sum(map(len, value.logps)) if isinstance(value, StepOutput) else 0
+        tokens = _tokens(value)
         if self._server is not None:
             done = time.perf_counter()
             times = {"validate": validated - start, "execute": done - validated}
@@ -199,7 +201,18 @@ class Worker:
         trained = [] if host is None else host.trained
         if isinstance(command, GetState) and value is not None:
             value = {name: _raw(tensor) for name, tensor in value.items()}
+        if isinstance(command, ForwardBackwardMany | ForwardMany):
+            value = {
+                name: self._failure(each, command) if isinstance(each, Exception) else each
+                for name, each in value.items()
+            }
         return encode({"value": value, "trained": trained, "times": times})
+
+
+def _tokens(value: Any) -> int:
+    """Return the tokens that a pass has seen, if it was one."""
+    outputs = value.values() if isinstance(value, dict) else [value]
+    return sum(sum(map(len, each.logps)) for each in outputs if isinstance(each, StepOutput))
 
 
 def _raw(tensor: torch.Tensor) -> RawTensor:

@@ -21,6 +21,12 @@ class Adapter:
         self.score: TrainedParameter | None = None
         """The score head that is trained with it, on the last stage of a reward model."""
 
+    @property
+    def head(self) -> LoraLinear | None:
+        """Its factors on the output layer, if there are any on this rank."""
+        found = (each for name, each in self.linears.items() if name.endswith(".output_layer"))
+        return next(found, None)
+
     def trained_parameters(self) -> list[TrainedParameter]:
         """Return the parameters in a fixed order."""
         result = [each for name, linear in self.linears.items() for each in _trained(name, linear)]

@@ -1,5 +1,9 @@
 """From the decoder's hidden states to what a loss needs, without whole logits."""
 
+import itertools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +12,7 @@ from torch import Tensor
 
 from megatrain.model.lora_linear import LoraLinear
 from megatrain.model.microbatch import MicroBatch
+from megatrain.model.mixture import Mixture
 from megatrain_kernels.logprobs import frozen_head_logprobs, logprobs, soft_cap
 
 
@@ -22,6 +27,8 @@ class Head:
         self.vocab_size, self.tp_group = vocab_size, tp_group
         self.lora: LoraLinear | None = None
         """Factors of the active adapter on the output layer, if it has any."""
+        self.loras: Mapping[str, LoraLinear | None] = {}
+        """The same of each adapter, for micro-batches of several."""
         self.score_1H: Tensor | None = None
         """Weight of the score head; None for log-probabilities."""
 
@@ -43,31 +50,32 @@ class Head:
         if self.score_1H is not None:
             return self._scores(hidden, self.score_1H)
         weight = output_layer.weight if output_weight is None else output_weight
-        bias, lora = output_layer.bias, self.lora
+        # Other converters' configurations lack it, and are refused for models that have a cap.
+        cap: float | None = getattr(config, "final_logit_softcapping", None)
         first = self.tp_group.rank() * weight.shape[0]
         shard = {
             "first_row": first,
             "num_real": max(0, min(weight.shape[0], self.vocab_size - first)),
             "group": self.tp_group,
         }
-        extra = context.extra_targets_NK
-        # Other converters' configurations lack it, and are refused for models that have a cap.
-        cap: float | None = getattr(config, "final_logit_softcapping", None)
-        if lora is None and bias is None and not weight.requires_grad and extra is None:
-            targets = context.targets_N
-            logps, is_top = frozen_head_logprobs(hidden, weight, targets, cap=cap, **shard)
-            return torch.stack([logps, is_top.float()])
+        output = _Output(weight, output_layer.bias, cap, shard)
+        if context.mixture is None:
+            return output(hidden, context.targets_N, self.lora, context.extra_targets_NK)
+        return self._mixed(output, hidden, context.targets_N, context.mixture)
 
-        def logits_of(h: Tensor) -> Tensor:
-            logits = torch.nn.functional.linear(h, weight, bias)
-            logits = logits if lora is None else logits + lora.local(h)
-            return logits if cap is None else soft_cap(logits, cap)
-
-        targets = context.targets_N.unsqueeze(1)
-        if extra is not None:
-            targets = torch.cat([targets, extra], 1)
-        logps_NK, is_top = logprobs(hidden, logits_of, targets, num_rows=weight.shape[0], **shard)
-        return torch.cat([logps_NK[:, :1].T, is_top.float().unsqueeze(0), logps_NK[:, 1:].T])
+    def _mixed(
+        self, output: "_Output", hidden_NH: Tensor, targets_N: Tensor, mixture: Mixture
+    ) -> Tensor:
+        """Return the rows of labels that are several adapters'."""
+        loras = [self.loras.get(name) for name in mixture.names]
+        rows, begin = [], 0
+        runs = zip(loras, mixture.label_counts, strict=True)
+        for lora, run in itertools.groupby(runs, key=operator.itemgetter(0)):
+            end = begin + sum(count for _, count in run)
+            if end > begin:
+                rows.append(output(hidden_NH[begin:end], targets_N[begin:end], lora, None))
+            begin = end
+        return torch.cat(rows, 1)
 
     def _scores(self, hidden_NH: Tensor, score_1H: Tensor) -> Tensor:
         """Return h . w, float32 (1, N).
@@ -77,3 +85,37 @@ class Head:
         """
         scores = torch.nn.functional.linear(hidden_NH.float(), score_1H.float()).T
         return scores if self.tp_group.rank() == 0 else scores.detach() + 0.0 * scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """The output layer of one micro-batch."""
+
+    weight: Tensor
+    bias: Tensor | None
+    cap: float | None
+    shard: dict[str, Any]
+    """Where this rank's rows are in the vocabulary, as the kernels want it."""
+
+    def __call__(
+        self, hidden_NH: Tensor, targets_N: Tensor, lora: LoraLinear | None, extra: Tensor | None
+    ) -> Tensor:
+        """Return float32 (R, N).  Collective over TP."""
+        weight, bias, cap = self.weight, self.bias, self.cap
+        if lora is None and bias is None and not weight.requires_grad and extra is None:
+            logps, is_top = frozen_head_logprobs(
+                hidden_NH, weight, targets_N, cap=cap, **self.shard
+            )
+            return torch.stack([logps, is_top.float()])
+
+        def logits_of(h: Tensor) -> Tensor:
+            logits = torch.nn.functional.linear(h, weight, bias)
+            logits = logits if lora is None else logits + lora.local(h)
+            return logits if cap is None else soft_cap(logits, cap)
+
+        targets = targets_N.unsqueeze(1)
+        if extra is not None:
+            targets = torch.cat([targets, extra], 1)
+        rows = weight.shape[0]
+        logps_NK, is_top = logprobs(hidden_NH, logits_of, targets, num_rows=rows, **self.shard)
+        return torch.cat([logps_NK[:, :1].T, is_top.float().unsqueeze(0), logps_NK[:, 1:].T])

@@ -6,7 +6,6 @@ Delta and base meet in a forward hook, so the base's modules and parameter names
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +24,11 @@ from megatrain.model.lora_linear import (
     LoraLinear,
     LoraPart,
 )
+from megatrain.model.mixed_lora import MixedLora, mixed
+from megatrain.model.mixture import ActiveAdapters
 
 BY_NAME_ONLY = ("embedding.", "output_layer.", ".router.")
 """Linears that `all-linear` does not mean, in Megatron's names."""
-
-
-@dataclass
-class ActiveAdapter:
-    """Which adapter the next forward pass uses; shared by all hooks of a model."""
-
-    name: str | None = None
 
 
 def hf_module(hf_name: str, parameter: LocalParameter) -> str:
@@ -52,7 +46,7 @@ def hf_module(hf_name: str, parameter: LocalParameter) -> str:
 
 
 def make_adapter(
-    table: ParameterTable, spec: LoraSpec, *, seed: int, name: str, active: ActiveAdapter
+    table: ParameterTable, spec: LoraSpec, *, seed: int, name: str, active: ActiveAdapters
 ) -> Adapter:
     """Create the adapter's factors beside their linears and initialise them.  No communication.
 
@@ -271,7 +265,7 @@ def _check_experts(modules: Sequence[Sequence[str]], spec: LoraSpec) -> None:
         )
 
 
-def _attach(first: LocalParameter, linear: LoraLinear, name: str, active: ActiveAdapter) -> None:
+def _attach(first: LocalParameter, linear: LoraLinear, name: str, active: ActiveAdapters) -> None:
     module: Any = first.module
     if not hasattr(module, "lora"):
         module.lora = torch.nn.ModuleDict()
@@ -281,8 +275,10 @@ def _attach(first: LocalParameter, linear: LoraLinear, name: str, active: Active
     module.lora[name] = linear
 
 
-def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapter) -> None:
+def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapters) -> None:
     def lora() -> Any:
+        if active.mixture is not None:
+            return mixed(module.lora, active.mixture, active.expert_ids_T)
         name = active.name
         return module.lora[name] if name is not None and name in module.lora else None
 
@@ -298,11 +294,15 @@ def _add_hook(module: Any, linear: LoraLinear, active: ActiveAdapter) -> None:
     module.register_forward_hook(lambda _, args, output: hook(lora(), args, output))
 
 
-def _embedding_hook(lora: EmbeddingLora | None, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _embedding_hook(
+    lora: EmbeddingLora | MixedLora | None, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    if isinstance(lora, MixedLora):
+        return lora.add_to_embedding(args[0], output)
     return output if lora is None else output + lora.forward_tokens(args[0])
 
 
-def _linear_hook(lora: LoraLinear | None, args: tuple[Any, ...], output: Any) -> Any:
+def _linear_hook(lora: LoraLinear | MixedLora | None, args: tuple[Any, ...], output: Any) -> Any:
     out, bias = output
     x: Tensor = args[0]
     if isinstance(out, tuple):
@@ -310,7 +310,11 @@ def _linear_hook(lora: LoraLinear | None, args: tuple[Any, ...], output: Any) ->
     return (out if lora is None else lora(x, out)), bias
 
 
-def _expert_hook(lora: GroupedLoraLinear | None, args: tuple[Any, ...], output: Any) -> Any:
+def _expert_hook(
+    lora: GroupedLoraLinear | MixedLora | None, args: tuple[Any, ...], output: Any
+) -> Any:
     out, bias = output
     x, counts = args
+    if isinstance(lora, MixedLora):
+        return lora.add_to_experts(x, out, counts), bias
     return (out if lora is None else out + lora.forward_experts(x, counts)), bias

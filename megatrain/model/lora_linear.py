@@ -112,8 +112,11 @@ class LoraLinear(torch.nn.Module):
         """Return x A^T of all parts side by side, (T, 1, S)."""
         if self.dropout.p and self.training:
             return torch.cat([self._drop(x) @ a.T for a in self.lora_A], -1)
-        a_SI = self.lora_A[0] if len(self.parts) == 1 else torch.cat(list(self.lora_A))
-        return x @ a_SI.T
+        return x @ self.fused_a().T
+
+    def fused_a(self) -> Tensor:
+        """Return A of all parts as one matrix (S, I)."""
+        return self.lora_A[0] if len(self.parts) == 1 else torch.cat(list(self.lora_A))
 
     def fused_b(self) -> Tensor:
         """Return scale * B of all parts as one matrix (O, S), zero where a part has no row."""
@@ -134,17 +137,19 @@ class EmbeddingLora(LoraLinear):
 
         Collective over TP.
         """
-        first = self.shape.tp_group.rank() * self.shape.in_features
-        rows = ids - first
-        here = (rows >= 0) & (rows < self.shape.in_features)
-        table = self.lora_A[0].T
-        h = torch.nn.functional.embedding(rows.masked_fill(~here, 0), table)
-        h = h * here.unsqueeze(-1).to(h.dtype)
+        h = self.look_up(ids)
         if self.shape.sequence_parallel:
             h = reduce_scatter_to_sequence_parallel_region(
                 h.transpose(0, 1).contiguous(), group=self.shape.tp_group
             )
         return h @ self.fused_b().T
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Return h for token ids (1, T): (1, T, S), zero for ids of other TP ranks."""
+        rows = ids - self.shape.tp_group.rank() * self.shape.in_features
+        here = (rows >= 0) & (rows < self.shape.in_features)
+        h = torch.nn.functional.embedding(rows.masked_fill(~here, 0), self.lora_A[0].T)
+        return h * here.unsqueeze(-1).to(h.dtype)
 
 
 class GroupedLoraLinear(LoraLinear):
@@ -172,5 +177,17 @@ class GroupedLoraLinear(LoraLinear):
         if self.dropout.p and self.training:
             h = [grouped_linear(self._drop(x), a.unbind(), counts) for a in self.lora_A]
             return torch.cat(h, -1)
-        a_ESI = torch.cat(list(self.lora_A), 1) if len(self.parts) > 1 else self.lora_A[0]
-        return grouped_linear(x, a_ESI.unbind(), counts)
+        return grouped_linear(x, self.experts_a().unbind(), counts)
+
+    def experts_a(self) -> Tensor:
+        """Return A of all parts as one matrix for each expert (E, S, I)."""
+        return torch.cat(list(self.lora_A), 1) if len(self.parts) > 1 else self.lora_A[0]
+
+    def experts_b(self) -> Tensor:
+        """Return scale * B of all parts as one matrix for each expert (E, O, S)."""
+        blocks = []
+        for index, (part, b) in enumerate(zip(self.parts, self.lora_B, strict=True)):
+            block = b.new_zeros(len(b), self.shape.out_features, part.rank)
+            places = getattr(self, f"places{index}")
+            blocks.append(block.index_copy(1, places, b * part.scale))
+        return torch.cat(blocks, 2)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatrain.model.mixture import Mixture
 from megatrain_kernels.torch_backend.core_attention import PackedSequences
 
 
@@ -43,3 +44,7 @@ class MicroBatch:
     """Sum of the squared lengths of its sequences, without padding, on all CP ranks together."""
     extra_targets_NK: Tensor | None = None
     """Further tokens whose log-probabilities are wanted, int64."""
+    mixture: Mixture | None = None
+    """Whose tokens are whose; None if all are of the active adapter."""
+    parts: tuple[WholeLabels, ...] = ()
+    """Of a mixture: the labels of each of its adapters."""

@@ -21,8 +21,10 @@ from megatrain.model.base import base_slices, freeze_head, trained_parameters
 from megatrain.model.converters import CONVERTERS
 from megatrain.model.fsdp import clean_after_error, load_sharded, train_sharded
 from megatrain.model.head import Head
-from megatrain.model.lora import ActiveAdapter, make_adapter
+from megatrain.model.lora import make_adapter
 from megatrain.model.microbatch import MicroBatch
+from megatrain.model.mixing import make_ready
+from megatrain.model.mixture import ActiveAdapters
 from megatrain.model.provider import make_bridge, make_provider
 from megatrain.model.score import make_score
 from megatrain.model.tensor_slice import TensorSlice, TrainedParameter
@@ -48,7 +50,7 @@ class Network:
     chunks: list[torch.nn.Module]
     table: ParameterTable
     head: Head
-    active: ActiveAdapter = field(default_factory=ActiveAdapter)
+    active: ActiveAdapters = field(default_factory=ActiveAdapters)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     trains_base: bool = False
     """Whether the base's own parameters are trained."""
@@ -131,12 +133,8 @@ class Network:
         """Choose the adapter of the next passes; a name that is none means the base alone."""
         adapter = self.adapters.get(name)
         self.active.name = name if adapter is not None else None
-        head = None
-        if adapter is not None:
-            head = next(
-                (v for k, v in adapter.linears.items() if k.endswith(".output_layer")), None
-            )
-        self.head.lora = head
+        self.active.mixture = None
+        self.head.lora = None if adapter is None else adapter.head
         if self.has_scores and adapter is None and not self.trains_base:
             raise StateError(
                 "the base has no score head yet: one is made with what is trained",
@@ -145,6 +143,12 @@ class Network:
         score = self.base_score if adapter is None else adapter.score
         if score is not None:
             self.head.score_1H = score.parameter
+
+    def activate_mixture(self) -> None:
+        """Let each micro-batch of the next passes say whose its tokens are."""
+        make_ready(self.chunks, self.active, self.groups.tp)
+        self.active.name, self.head.lora, self.head.score_1H = None, None, None
+        self.head.loras = {name: each.head for name, each in self.adapters.items()}
 
     def run(
         self, batches: Sequence[MicroBatch], loss: LossFunction, *, train: bool
@@ -161,7 +165,7 @@ class Network:
 
         for chunk in self.chunks:
             chunk.train(train)
-        step = _ForwardStep(self.head, loss)
+        step = _ForwardStep(self.head, loss, self.active)
         iterators = [iter(batches) for _ in self.chunks]
         with torch.set_grad_enabled(train), clean_after_error(self.chunks):
             results = get_forward_backward_func()(
@@ -182,10 +186,12 @@ class _ForwardStep:
 
     head: Head
     loss: LossFunction
+    active: ActiveAdapters
 
     def __call__(self, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
         phase.enter(phase.FORWARD)
+        self.active.mixture = batch.mixture  # for the embedding; each layer says it again
         output = model(
             batch.input_ids_1T,
             batch.positions_1T,

@@ -68,13 +68,18 @@ class BatchPlan:
         return [packer.pack(m, n) for m, n in zip(mine, lengths, strict=True)]
 
     def _read(self, datum: Datum) -> PackedDatum:
-        content = datum.content
-        if content is None:
-            content = read_content(datum.index, datum.row, self.rules, datum.inputs)
-            found = (len(content.input_ids_S), len(content.where_L))
-            if found != (datum.size, datum.num_labels):
-                raise DataError(
-                    f"datum {datum.index} says that it has {datum.size} tokens and "
-                    f"{datum.num_labels} labels; it has {found[0]} and {found[1]}"
-                )
-        return PackedDatum(datum.index, datum.start, content)
+        return read_datum(datum, self.rules)
+
+
+def read_datum(datum: Datum, rules: BatchRules) -> PackedDatum:
+    """Return a datum with its content, which is read now if it was not.  Raises DataError."""
+    content = datum.content
+    if content is None:
+        content = read_content(datum.index, datum.row, rules, datum.inputs)
+        found = (len(content.input_ids_S), len(content.where_L))
+        if found != (datum.size, datum.num_labels):
+            raise DataError(
+                f"datum {datum.index} says that it has {datum.size} tokens and "
+                f"{datum.num_labels} labels; it has {found[0]} and {found[1]}"
+            )
+    return PackedDatum(datum.index, datum.start, content)

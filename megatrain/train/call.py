@@ -51,7 +51,7 @@ def plan_call(
         plan = BatchPlan(data, groups, rules, max_tokens=tokens, max_data=size)
         if isinstance(inputs, ReadsAhead):
             inputs.read_ahead(plan.dealer.own)
-        divisor = _divisor(loss, data, train=call.train)
+        divisor = divisor_of(loss, data, train=call.train)
         packed = PackedPlan(plan, plan.micro_batches(), loss, divisor)
     except Exception:  # a row's reader and a loss are anybody's code; others wait in agree
         agree(None, groups)
@@ -67,7 +67,8 @@ def _positive(micro_batch_size: Any) -> int:
     return micro_batch_size
 
 
-def _divisor(loss: Loss, data: Sequence[Datum], *, train: bool) -> float:
+def divisor_of(loss: Loss, data: Sequence[Datum], *, train: bool) -> float:
+    """Return what the loss's sum is divided by.  Raises ConfigError if it is no number above 0."""
     divisor = float(loss.divisor([datum.num_labels for datum in data]))
     if not math.isfinite(divisor) or divisor < 0 or (train and divisor == 0):
         raise ConfigError(f"the divisor of {type(loss).__name__} must be above 0: {divisor}")

@@ -166,7 +166,7 @@ class Trainer:
                 hint="call step and zero_grad before the next forward_backward",
             )
         call = Call(name, loss_inputs or {}, micro_batch_size, prepare, True)
-        plan = plan_call(inputs, call, self.network, self._loss)
+        plan = plan_call(inputs, call, self.network, self.loss_of)
         self.network.activate(name)
         seed_dropout(self.network.groups, self.seed, name, trained.step, trained.num_passes)
         trained.num_passes += 1
@@ -195,12 +195,13 @@ class Trainer:
         that is not trained.  Collective.
         """
         call = Call(name, loss_inputs or {}, micro_batch_size, prepare, False)
-        plan = plan_call(inputs, call, self.network, self._loss)
+        plan = plan_call(inputs, call, self.network, self.loss_of)
         self.network.activate(name)
         step = self.trained[name].step if name in self.trained else 0
         return self._run(plan, train=False, step=step)
 
-    def _loss(self, call: Call, inputs: Any) -> Loss:
+    def loss_of(self, call: Call, inputs: Any) -> Loss:
+        """Return what a call computes: its adapter's loss, or the cross-entropy (forward_only)."""
         loss = self.trained[call.name].loss if call.name in self.trained else self._default_loss()
         if call.train:
             return loss

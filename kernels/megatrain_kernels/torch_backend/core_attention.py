@@ -25,6 +25,8 @@ class PackedSequences(PackedSeqParams):
     """Which queries of this rank see which keys."""
     order_S: Tensor | None = None
     """Where each token's key is among the keys gathered over context parallel ranks."""
+    mixture: Any = None
+    """What a layer's adapters must know of these tokens; kernels do not look at it."""
 
 
 def packed_sequences(lengths: list[int], *, cp_group: Any, device: torch.device) -> PackedSequences:

@@ -42,10 +42,12 @@ class RankActor:
         self._output: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self._reader = threading.Thread(target=self._pass_on, daemon=True)
 
-    def place(self) -> dict[str, Any]:
-        """Return the fields of a Place."""
+    def place(self, stale: list[str]) -> dict[str, Any]:
+        """Remove what actors that were killed have left here; return the fields of a Place."""
         import ray  # noqa: PLC0415 - an extra
 
+        for folder in stale:
+            shutil.rmtree(folder, ignore_errors=True)
         context = ray.get_runtime_context()
         return {
             "node": context.get_node_id(),

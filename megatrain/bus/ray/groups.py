@@ -7,7 +7,7 @@ from typing import Any
 from megatrain.bus.driver import Driver
 from megatrain.bus.ray.cluster import Cluster
 from megatrain.bus.ray.placement import Placement
-from megatrain.bus.ray.plan import Plan, make_plans, resolve
+from megatrain.bus.ray.plan import Plan, count_cpus, make_plans, resolve
 from megatrain.bus.ray.ranks import RayRanks
 from megatrain.config.bus import BusConfig
 from megatrain.errors import ConfigError
@@ -43,7 +43,7 @@ def start_groups(
         raise ConfigError("fork_ranks has no effect in mode 'ray': actors start their ranks anew")
     plans = make_plans(groups, mesh, platform)
     with ExitStack() as stack:
-        cluster = Cluster(num_cpus=sum(plan.num_cpus for plan in plans))
+        cluster = Cluster(num_cpus=count_cpus(plans))
         stack.callback(cluster.release)
         plans = resolve(plans, cluster.resources)
         placements = _place(plans, cluster, config.connect_timeout_s, stack)
@@ -82,8 +82,12 @@ def _own(config: BusConfig, plan: Plan) -> BusConfig:
 
 
 def _drive(ranks: RayRanks, placement: Placement, plan: Plan) -> Driver:
-    can_snapshot = placement.is_at_home or ranks.config.journal is not None
-    driver = Driver(ranks, ranks.config, mesh=None, can_snapshot=can_snapshot)
+    try:
+        can_snapshot = placement.is_at_home or ranks.config.journal is not None
+        driver = Driver(ranks, ranks.config, mesh=None, can_snapshot=can_snapshot)
+    except BaseException:
+        ranks.close()
+        raise
     logger.info(
         "group %s: %d rank(s) on %s, layout %s",
         plan.group.name,

@@ -35,11 +35,6 @@ class Plan:
         """What Ray calls a rank's device; None for a processor."""
         return RESOURCES.get(self.platform)
 
-    @property
-    def num_cpus(self) -> int:
-        """Cores for all ranks."""
-        return math.ceil(self.group.cpus_per_rank * self.group.num_ranks)
-
 
 def make_plans(groups: Any, mesh: DeviceMesh | None, platform: str) -> list[Plan]:
     """Return a plan for each group; without groups, for one called `model`.
@@ -63,6 +58,12 @@ def make_plans(groups: Any, mesh: DeviceMesh | None, platform: str) -> list[Plan
         for group in checked
     ]
     return [replace(plan, share=_share(plan, plans)) for plan in plans]
+
+
+def count_cpus(plans: Sequence[Plan]) -> int:
+    """Return the cores for all groups: each takes its part beside every rank of its owner."""
+    num_ranks = {plan.group.name: plan.group.num_ranks for plan in plans}
+    return math.ceil(sum(plan.group.cpus_per_rank * num_ranks[plan.owner] for plan in plans))
 
 
 def resolve(plans: Sequence[Plan], resources: dict[str, float]) -> list[Plan]:

@@ -55,6 +55,8 @@ class RayRanks:
         self._names: list[str] = []
         self._ended: dict[int, tuple[int | None, str, str]] = {}
         """By rank: exit status, None if that is not known; how it ended; what it said last."""
+        self._folders: list[str] = []
+        """On the ranks' nodes, of the last start."""
         self._starts = 0
         self._closed = False
 
@@ -68,16 +70,13 @@ class RayRanks:
         Raises RankError if Ray does not start them in time, StateError if Ray was shut down.
         """
         with self._lock:
-            if not self._placement.cluster.is_there:
-                raise StateError(
-                    "Ray was shut down while its ranks were in use",
-                    hint="call megatrain.shutdown() before ray.shutdown()",
-                )
+            self._check_there()
             self.end(grace_s=0.0)
             self._starts += 1
             bundles = self._placement.bundles()[: self._plan.group.num_ranks]
             self._actors = [self._actor(*each) for each in enumerate(bundles)]
-            places = [Place(**each) for each in self._ask("place")]
+            places = [Place(**each) for each in self._ask("place", None, self._folders)]
+            self._folders = [place.folder for place in places]
             address = self._address(places)
             environments = self._environments(places, address)
             token = read_token(self.config)
@@ -88,6 +87,13 @@ class RayRanks:
             ]
             self._waits = {actor.wait.remote(): rank for rank, actor in enumerate(self._actors)}
             return address
+
+    def _check_there(self) -> None:
+        if not self._placement.cluster.is_there:
+            raise StateError(
+                "Ray was shut down while its ranks were in use",
+                hint="call megatrain.shutdown() before ray.shutdown()",
+            )
 
     def _actor(self, rank: int, bundle: Bundle) -> Any:
         device, share = self._plan.device, self._plan.share

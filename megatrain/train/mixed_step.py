@@ -1,0 +1,148 @@
+"""One pass for data of several adapters: each gets the gradients that it would get alone.
+
+    shares    each adapter's data, checked by its own loss    datum.py
+    pass      packed together, one schedule, grouped deltas   mixed_plan.py, model/mixed_lora.py
+    collect   each adapter's results, or what is wrong        mixed_collect.py
+
+Adapters that cannot share a pass (dropout, a score head, a teacher's tokens) have one of their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatrain.errors import ConfigError, MegatrainError, NonFiniteError, StateError
+from megatrain.parallel.dropout import seed_dropout
+from megatrain.train.agree import agree
+from megatrain.train.call import Call, divisor_of
+from megatrain.train.datum import BatchRules, check_batch
+from megatrain.train.loss import Loss
+from megatrain.train.loss_inputs import check_names
+from megatrain.train.mixed_collect import Results, collect_mixed
+from megatrain.train.mixed_objective import MixedObjective
+from megatrain.train.mixed_plan import MixedPlan, Share
+from megatrain.train.step import BASE, Trainer
+from megatrain.types import AdapterBatch, StepOutput
+
+
+def run_mixed(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool) -> Results:
+    """Run all batches and, with `train`, add each adapter's gradients.  Collective.
+
+    An adapter whose loss is not a finite number, or fails, keeps the gradients that it had, and its
+    result is the error; the others go on.  Raises DataError, ConfigError or StateError, naming the
+    adapter, before anything has changed.
+    """
+    _check_names(trainer, batches, train=train)
+    losses = {each.adapter: _loss(trainer, each, train=train) for each in batches}
+    together = [b for b in batches if _can_share(trainer, b.adapter, losses[b.adapter], train)]
+    if len(together) < 2:
+        together = []
+    plan = None
+    if together:
+        plan = _plan(trainer, together, losses, train=train)
+    results: Results = {}
+    for batch in batches:
+        if batch not in together:
+            results[batch.adapter] = _alone(trainer, batch, train=train)
+    if plan is not None:
+        results |= _together(trainer, plan, train=train)
+    return {batch.adapter: results[batch.adapter] for batch in batches}
+
+
+def _check_names(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool) -> None:
+    names = [batch.adapter for batch in batches]
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"a pass of several adapters names each once: {names}")
+    for name in names:
+        if name not in trainer.trained and (train or name != BASE):
+            raise StateError(f"there is no adapter called {name!r}")
+        if train and trainer.trained[name].gradients.is_reduced:
+            raise StateError(
+                f"gradients of {name!r} were already summed over ranks by clip_grad_norm",
+                hint="call step and zero_grad before the next forward_backward",
+            )
+
+
+def _loss(trainer: Trainer, batch: AdapterBatch, *, train: bool) -> Loss:
+    call = Call(batch.adapter, batch.loss_inputs, None, None, train)
+    return trainer.loss_of(call, batch.inputs)
+
+
+def _can_share(trainer: Trainer, name: str, loss: Loss, train: bool) -> bool:
+    network = trainer.network
+    adapter = network.adapters.get(name)
+    drops = train and adapter is not None and adapter.spec.lora_dropout > 0
+    takes_more_tokens = any(each.kind == "top_k" for each in loss.inputs.values())
+    sharded = network.groups.fsdp is not None
+    return not (drops or takes_more_tokens or loss.uses_scores or sharded or network.trains_base)
+
+
+def _alone(trainer: Trainer, batch: AdapterBatch, *, train: bool) -> StepOutput | MegatrainError:
+    run = trainer.forward_backward if train else trainer.forward_only
+    try:
+        return run(batch.adapter, batch.inputs, batch.loss_inputs)
+    except NonFiniteError as error:
+        return error
+
+
+def _plan(
+    trainer: Trainer, batches: Sequence[AdapterBatch], losses: Mapping[str, Loss], *, train: bool
+) -> tuple[MixedPlan, list[Any]]:
+    """Return the plan and this rank's micro-batches: on all ranks, or on none.  Collective."""
+    network, groups = trainer.network, trainer.network.groups
+    try:
+        shares, start = [], 0
+        for batch in batches:
+            shares.append(_share(trainer, batch, losses[batch.adapter], start, train=train))
+            start += sum(datum.size for datum in shares[-1].data)
+        plan = MixedPlan(shares, groups, max_tokens=network.config.max_tokens_per_microbatch)
+        micro_batches = plan.micro_batches()
+    except Exception:  # a row's reader and a loss are anybody's code; others wait in agree
+        agree(None, groups)
+        raise
+    what = repr([(s.name, type(s.rules.loss).__qualname__, train) for s in shares]).encode()
+    agree([what, *(datum.digest for share in shares for datum in share.data)], groups)
+    return plan, micro_batches
+
+
+def _share(trainer: Trainer, batch: AdapterBatch, loss: Loss, start: int, *, train: bool) -> Share:
+    try:
+        check_names(loss, batch.loss_inputs)
+        rules = BatchRules(trainer.network.vocab_size, loss, train=train)
+        data = check_batch(batch.inputs, rules, batch.loss_inputs)
+        divisor = divisor_of(loss, data, train=train)
+    except MegatrainError as error:
+        raise type(error)(f"adapter {batch.adapter!r}: {error.message}", hint=error.hint) from error
+    moved = [replace(datum, start=datum.start + start) for datum in data]
+    return Share(batch.adapter, rules, moved, divisor)
+
+
+def _together(trainer: Trainer, planned: tuple[MixedPlan, list[Any]], *, train: bool) -> Results:
+    plan, micro_batches = planned
+    network, trained = trainer.network, trainer.trained
+    names = [share.name for share in plan.shares]
+    network.activate_mixture()
+    seed_dropout(network.groups, trainer.seed, *names)  # nothing drops; the state is defined
+    before = {name: trained[name].gradients.snapshot() for name in names if train}
+    objective = MixedObjective([_given(share.rules.loss) for share in plan.shares], network.groups)
+    try:
+        rows, totals = network.run(micro_batches, objective, train=train)
+        results = collect_mixed(plan, micro_batches, rows, totals, objective)
+    except BaseException:
+        for name, sums in before.items():
+            trained[name].gradients.restore(sums)
+        raise
+    finally:
+        network.active.mixture = None
+    for name, result in results.items() if train else ():
+        trained[name].num_passes += 1
+        if isinstance(result, StepOutput):
+            trained[name].gradients.divisor += result.divisor
+        else:
+            trained[name].gradients.restore(before[name])
+    return results
+
+
+def _given(loss: Loss | None) -> Loss:
+    assert loss is not None
+    return loss
