@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from megatrain.api.placement import get_device_placement as get_device_placement
     from megatrain.api.session import initialize as initialize
     from megatrain.api.session import shutdown as shutdown
+    from megatrain.bus.driver import Driver as Driver
+    from megatrain.config.bus import RecoveryPolicy as RecoveryPolicy
+    from megatrain.config.device_group import DeviceGroup as DeviceGroup
     from megatrain.data.dataset import Dataset as Dataset
     from megatrain.data.loader import DataLoader as DataLoader
     from megatrain.data.meta import DatasetMeta as DatasetMeta
@@ -34,7 +37,9 @@ _HOMES = {
     "DataLoader": "megatrain.data.loader",
     "Dataset": "megatrain.data.dataset",
     "DatasetMeta": "megatrain.data.meta",
+    "DeviceGroup": "megatrain.config.device_group",
     "DatasetStatistics": "megatrain.data.statistics",
+    "Driver": "megatrain.bus.driver",
     "Filter": "megatrain.data.filters",
     "InputFeature": "megatrain.types",
     "FunctionLoss": "megatrain.train.losses.function",
@@ -46,6 +51,7 @@ _HOMES = {
     "PackingDataset": "megatrain.data.packed_dataset",
     "Patch": "megatrain.model.patch",
     "Preprocessor": "megatrain.data.preprocessors.base",
+    "RecoveryPolicy": "megatrain.config.bus",
     "Reward": "megatrain.rl.reward",
     "StepOutput": "megatrain.types",
     "Trajectory": "megatrain.types",

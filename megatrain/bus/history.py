@@ -17,6 +17,10 @@ from megatrain.config.bus import RecoveryPolicy
 logger = logging.getLogger(__name__)
 
 
+WRITTEN_S = 600.0
+"""Seconds that ranks get to write a snapshot."""
+
+
 class History:
     """The journal and the snapshots of one driver."""
 
@@ -127,18 +131,27 @@ class History:
             shutil.rmtree(self._awaited[1], ignore_errors=True)
         self._awaited = None
 
-    def settle(self) -> None:
-        """If the snapshot that is awaited is whole, drop what was before it."""
+    def settle(self) -> int | None:
+        """If the snapshot that is awaited is whole, drop what was before it, and return its number.
+
+        A disk that is full leaves everything as it was.
+        """
         if self._awaited is None:
-            return
+            return None
         seq, directory, num_ranks, since = self._awaited
         if len(list(Path(directory).glob("rank-*.json"))) < num_ranks:
-            if time.monotonic() - since > 1800.0:
+            if time.monotonic() - since > WRITTEN_S:
                 logger.warning("a snapshot was not written in time: %s", directory)
                 self.forget_expected()
-            return
+            return None
+        try:
+            self._compact(seq, directory)
+        except OSError as error:
+            logger.warning("the journal could not be shortened: %s", error)
+            self.forget_expected()
+            return None
         self._awaited = None
-        self._compact(seq, directory)
+        return seq
 
     def _compact(self, seq: int, directory: str) -> None:
         old = self.snapshot

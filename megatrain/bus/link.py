@@ -39,7 +39,7 @@ class Link:
         self.heard_at = time.monotonic()
 
     def listen(
-        self, reply: Callable[[int, Any], None], cancelled: Callable[[int, bool], None]
+        self, reply: Callable[[int, Any, int], None], cancelled: Callable[[int, bool], None]
     ) -> None:
         """Hand every reply, and every answer to a cancellation, on from a thread."""
         threading.Thread(
@@ -47,7 +47,7 @@ class Link:
         ).start()
 
     def _listen(
-        self, reply: Callable[[int, Any], None], cancelled: Callable[[int, bool], None]
+        self, reply: Callable[[int, Any, int], None], cancelled: Callable[[int, bool], None]
     ) -> None:
         try:
             while True:
@@ -55,7 +55,7 @@ class Link:
                 self.heard_at = time.monotonic()
                 match kind:
                     case Kind.REPLY:
-                        reply(SEQ.unpack_from(body)[0], decode(body[SEQ.size :]))
+                        reply(SEQ.unpack_from(body)[0], decode(body[SEQ.size :]), len(body))
                     case Kind.CANCEL:
                         cancelled(*CANCELLED.unpack(body))
                     case Kind.HEALTH:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from megatrain.bus.address import Address
 from megatrain.bus.rank_options import RankOptions
-from megatrain.bus.rank_process import RankProcess, spawner
+from megatrain.bus.rank_process import RankProcess, how_it_ended, spawner
 from megatrain.config.bus import BusConfig
 from megatrain.parallel.environment import rank_environment, rank_variables
 from megatrain.parallel.layout import DeviceMesh
@@ -95,7 +94,7 @@ class LocalRanks:
             return None
         killed = [each for each in ended if each[1] < 0] or ended
         return "; ".join(
-            f"rank {rank} (pid {self._processes[rank].pid}) {_how(status)}"
+            f"rank {rank} (pid {self._processes[rank].pid}) {how_it_ended(status)}"
             for rank, status in killed
         )
 
@@ -122,9 +121,3 @@ class LocalRanks:
         """End all ranks and remove what they left."""
         self.end()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _how(status: int) -> str:
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"ended with exit status {status}"

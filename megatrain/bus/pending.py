@@ -1,10 +1,13 @@
 """Commands whose reply has not come, and the futures that wait for them.  No torch."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+Finish = Callable[[Any, list[str]], Any]
 
 CANCEL_S = 30.0
 """Seconds that a cancellation waits for rank 0's word."""
@@ -38,10 +41,11 @@ class Pending:
     payload: bytes
     deadline_s: float
     future: Future[Any]
-    finish: Callable[[Any, list[str]], Any]
+    finish: Finish
     """From value and names of what is trained to the future's result."""
-    attempts: int = 0
-    """Times that ranks were lost while it was the oldest."""
+    accepted_at: float = field(default_factory=time.monotonic)
+    troubles: list[str] = field(default_factory=list)
+    """What ranks were lost over it, by its signature."""
     answer: "Answer | None" = None
     """To a cancellation that was asked for."""
 

@@ -138,7 +138,12 @@ def _watch(
     def lost(loss: Loss) -> None:
         logger.error("%s", loss.text)
         if server is not None:
-            body = {"ranks": list(loss.ranks), "text": loss.text, "stacks": loss.stacks}
+            body = {
+                "ranks": list(loss.ranks),
+                "text": loss.text,
+                "stacks": loss.stacks,
+                "late": loss.is_late,
+            }
             server.tell(Kind.LOST, encode(body))
         _end(EXIT_LOST)
 

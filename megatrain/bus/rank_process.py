@@ -23,6 +23,13 @@ DEVICE_FILES = ("nvidia[0-9]*", "davinci[0-9]*")
 """In /dev, where a rank may make a context, which no fork survives."""
 
 
+def how_it_ended(status: int) -> str:
+    """Say what an exit status, negative for a signal, means."""
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with exit status {status}"
+
+
 class RankProcess(Protocol):
     """A process whose standard input and output lead here."""
 

@@ -26,6 +26,8 @@ class Loss:
     """The cause, as far as that can be told."""
     text: str
     stacks: str = ""
+    is_late: bool = False
+    """They are alive, but were not done in time."""
 
 
 class Watch:
@@ -103,6 +105,7 @@ class Watch:
                 for beat in cause
             ),
             "\n".join(f"{_who(beat)}:\n{beat.stack}" for beat in cause),
+            is_late=True,
         )
 
     def _alone(self, beats: Sequence[Beat], now: float) -> Loss | None:

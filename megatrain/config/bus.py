@@ -13,7 +13,7 @@ class RecoveryPolicy(BaseModel):
     max_restarts: NonNegativeInt = 3
     """Restarts of the ranks before the driver gives up; 0 never restarts."""
     max_attempts: PositiveInt = 2
-    """Times that ranks may be lost over one command before it alone is given up."""
+    """Times that ranks may be lost in the same way over one command; it alone is given up then."""
     restart_timeout_s: PositiveFloat = 300.0
     """Seconds that ranks get to start again, by themselves under torchrun."""
     snapshot_every_commands: PositiveInt = 200
@@ -37,8 +37,9 @@ class BusConfig(BaseModel):
     """PEM of the worker's key, on the worker only."""
     max_message_bytes: int = Field(default=2 << 30, ge=1 << 16)
     """Cap of one message in either direction."""
-    heartbeat_timeout_s: PositiveFloat = 5.0
-    """Seconds without a sign of life after which a rank counts as lost."""
+    heartbeat_timeout_s: PositiveFloat = 4.0
+    """Seconds without a sign of life after which a rank counts as lost; it is named within another
+    half second."""
     connect_timeout_s: PositiveFloat = 120.0
     """Seconds that ranks get to start, and a driver to reach them."""
     max_queued: PositiveInt = 256

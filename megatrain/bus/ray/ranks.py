@@ -4,7 +4,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatrain.bus.address import Address, read_token
 from megatrain.bus.rank_options import RankOptions
+from megatrain.bus.rank_process import how_it_ended
 from megatrain.bus.ray.actor import KILLED_S, RankActor
 from megatrain.bus.ray.placement import Bundle, Placement
 from megatrain.bus.ray.places import Place, variables
@@ -176,7 +176,7 @@ class RayRanks:
             status, said = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             return None, f"{name} is gone with its actor", f"{name}: {error}"
-        return status, f"{name} {_how(status)}", said
+        return status, f"{name} {how_it_ended(status)}", said
 
     def output(self) -> str:
         """Return the last lines of the ranks that have ended with an error."""
@@ -218,9 +218,3 @@ def _with_token(config: BusConfig, path: Path) -> BusConfig:
     path.touch(0o600)
     path.write_text(secrets.token_hex(32))
     return config.model_copy(update={"token_file": path})
-
-
-def _how(status: int) -> str:
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"ended with exit status {status}"
