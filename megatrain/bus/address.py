@@ -40,8 +40,8 @@ class Address:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp://{host}:{self.port}"
 
-    def listen(self, config: BusConfig) -> socket.socket:
-        """Return a listening socket.  Raises ConfigError for TCP without a token.
+    def listen(self) -> socket.socket:
+        """Return a listening socket.
 
         A Unix socket is for its owner alone; one that a dead process left is replaced.
         """
@@ -55,14 +55,12 @@ class Address:
                 os.umask(before)
             listener.listen()
             return listener
-        check_token(self, config)
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         return socket.create_server((self.host, self.port), family=family, backlog=16)
 
     def connect(self, config: BusConfig, timeout_s: float) -> socket.socket:
         """Return a connected socket, encrypted if there is a certificate.  Raises OSError."""
         if not self.path:
-            check_token(self, config)
             connection = socket.create_connection((self.host, self.port), timeout=timeout_s)
             keep_alive(connection)
             return _encrypted(connection, config)
@@ -97,31 +95,6 @@ def keep_alive(connection: socket.socket) -> None:
     for name, value in options.items():
         if hasattr(socket, name):  # Linux has them all
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def check_token(address: Address, config: BusConfig) -> None:
-    """Raise ConfigError for TCP without a token, or beyond this host without encryption."""
-    if config.token_file is None:
-        raise ConfigError(
-            f"{address} can be reached by others, so it needs a token",
-            hint="give token_file: any file with a secret of 16 bytes or more, the same on both "
-            "ends; `openssl rand -hex 32` makes one",
-        )
-
-
-def read_token(config: BusConfig) -> bytes:
-    """Return the shared secret; empty without a token file.  Raises ConfigError."""
-    if config.token_file is None:
-        return b""
-    try:
-        token = config.token_file.read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"the token file cannot be read: {error}") from error
-    if len(token) < 16:
-        raise ConfigError(
-            f"a token must have at least 16 bytes: {config.token_file} has {len(token)}"
-        )
-    return token
 
 
 def server_context(config: BusConfig) -> ssl.SSLContext | None:

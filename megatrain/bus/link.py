@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatrain.bus.address import Address, read_token
+from megatrain.bus.address import Address
 from megatrain.bus.codec import decode
 from megatrain.bus.frames import FrameSocket, Kind
 from megatrain.bus.handshake import HANDSHAKE_S, Welcome, enter
 from megatrain.bus.jobs import CANCELLED, SEQ
+from megatrain.bus.token import driving_token
 from megatrain.config.bus import BusConfig
 from megatrain.errors import BusError
 
@@ -25,7 +26,7 @@ class Link:
         connection = address.connect(config, HANDSHAKE_S)
         self._frames = FrameSocket(connection, config.max_message_bytes)
         try:
-            self.welcome: Welcome = enter(self._frames, read_token(config), session)
+            self.welcome: Welcome = enter(self._frames, driving_token(address, config), session)
         except BaseException:
             self._frames.close()
             raise

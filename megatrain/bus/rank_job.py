@@ -6,6 +6,7 @@ Started by torchrun, or by LocalRanks, which names a file by which the ranks fin
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -37,6 +38,7 @@ def run(options: RankOptions) -> int:
     A rank that cannot go on ends at once with EXIT_LOST: whoever started it starts all anew.
     """
     setup_logging()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for a collective
     if options.dies_with_input:
         threading.Thread(target=_die_with_input, name="bus-parent", daemon=True).start()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,6 +92,8 @@ def _die_with_input() -> None:
 
 def _store(options: RankOptions, rank: int, world: int) -> Any:
     """Return the ranks' store: torchrun's, or one that rank 0 keeps and a file leads to."""
+    if options.rendezvous is None and world == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if options.rendezvous is None:
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

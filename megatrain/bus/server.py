@@ -6,12 +6,13 @@ import socket
 import threading
 from dataclasses import replace
 
-from megatrain.bus.address import Address, keep_alive, read_token, server_context
+from megatrain.bus.address import Address, keep_alive, server_context
 from megatrain.bus.codec import Failure, encode
 from megatrain.bus.commands import RestoreSnapshot
 from megatrain.bus.frames import FrameSocket, Kind
 from megatrain.bus.handshake import HANDSHAKE_S, Welcome, admit
 from megatrain.bus.jobs import CANCELLED, SEQ, Job
+from megatrain.bus.token import listening_token
 from megatrain.config.bus import BusConfig
 from megatrain.errors import BusError
 
@@ -30,7 +31,7 @@ class Server:
     def __init__(self, address: Address, config: BusConfig, welcome: Welcome) -> None:
         """Listen.  Raises ConfigError, or OSError if the address is taken."""
         self.config, self._welcome = config, welcome
-        self._token, self._tls = read_token(config), server_context(config)
+        self._token, self._tls = listening_token(address, config), server_context(config)
         self._lock = threading.Lock()
         self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
         self._driver: FrameSocket | None = None
@@ -41,7 +42,7 @@ class Server:
         self._session = ""
         self._last_seq = 0
         self._started = 0
-        self._listener = address.listen(config)
+        self._listener = address.listen()
         host, port = self._listener.getsockname()[:2] if address.host else ("", 0)
         self.address = Address(address.path, address.host and str(host), int(port))
         threading.Thread(target=self._accept, name="bus-accept", daemon=True).start()

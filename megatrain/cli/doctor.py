@@ -138,7 +138,22 @@ def notes(gpus: Any, torch_facts: dict[str, Any]) -> list[str]:
         value = os.environ.get(variable.name)
         origin = "will be set" if value is None else f"you have set it to {value}"
         lines.append(f"{variable.name}={variable.value} ({origin}): {variable.reason}")
-    return lines
+    return [*lines, _interface_note()]
+
+
+def _interface_note() -> str:
+    """Say over which network interface ranks would talk."""
+    from megatrain.parallel.interface import VARIABLE, gloo_interface, is_one_host
+
+    given, master = os.environ.get(VARIABLE), os.environ.get("MASTER_ADDR")
+    if given is not None:
+        return f"{VARIABLE}={given} (you have set it)"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = gloo_interface(master, is_one_host=is_one_host(world))
+    if chosen is None:
+        return f"{VARIABLE} is left to Gloo: no interface leads to MASTER_ADDR={master}"
+    several = "" if master else "; on several hosts, the one that leads to MASTER_ADDR"
+    return f"{VARIABLE}={chosen[0]} (will be set): {chosen[1]}{several}"
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ class BusConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     token_file: Path | None = None
-    """A file with the secret that both ends share; needed beyond this host."""
+    """A file with the secret that both ends of a TCP connection share.  None: this user's own,
+    `~/.config/megatrain/token`, which a worker makes if it is not there."""
     certificate: Path | None = None
     """PEM of the worker's certificate: a worker shows it, a driver accepts this one alone."""
     private_key: Path | None = None

@@ -5,7 +5,6 @@ import copy
 import itertools
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from megatrain.config.estimate.fits import Sizes, check_fits
 from megatrain.errors import StateError
+from megatrain.parallel.interface import VARIABLE, gloo_interface, is_one_host
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.parallel.shard_groups import ShardGroups, make_shard_groups
 from megatrain.platforms.platform import Platform
@@ -166,8 +166,7 @@ def _join(
 ) -> None:
     if store is None and world_size == 1 and "MASTER_ADDR" not in os.environ:
         store = dist.HashStore()
-    if backend == "gloo" and _all_ranks_are_here(world_size):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    choose_interface(world_size)
     if store is None:
         # torchrun's store lives on: keys of groups that were left must not meet those of new ones.
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
@@ -175,10 +174,12 @@ def _join(
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _all_ranks_are_here(world_size: int) -> bool:
-    """Tell whether all ranks are on this host, so that nothing need leave the loopback device."""
-    names = {name for _, name in socket.if_nameindex()}
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size and "lo" in names
+def choose_interface(world_size: int) -> None:
+    """Tell Gloo which interface to use, unless the environment does."""
+    chosen = gloo_interface(os.environ.get("MASTER_ADDR"), is_one_host=is_one_host(world_size))
+    if chosen is not None and VARIABLE not in os.environ:
+        os.environ[VARIABLE] = chosen[0]
+        logger.debug("%s=%s: %s", VARIABLE, *chosen)
 
 
 def destroy_groups() -> None:

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatrain.bus.address import Address, read_token
+from megatrain.bus.address import Address
 from megatrain.bus.rank_options import RankOptions
 from megatrain.bus.rank_process import how_it_ended
 from megatrain.bus.ray.actor import KILLED_S, RankActor
 from megatrain.bus.ray.placement import Bundle, Placement
 from megatrain.bus.ray.places import Place, variables
 from megatrain.bus.ray.plan import Plan
+from megatrain.bus.token import read_token
 from megatrain.config.bus import BusConfig
 from megatrain.errors import RankError, StateError
 
@@ -79,7 +80,8 @@ class RayRanks:
             self._folders = [place.folder for place in places]
             address = self._address(places)
             environments = self._environments(places, address)
-            token = read_token(self.config)
+            assert self.config.token_file is not None
+            token = read_token(self.config.token_file)
             pids = self._ask("start", environments, os.getcwd(), token)
             self._names = [
                 f"rank {rank} (node {place.ip}, pid {pid})"
