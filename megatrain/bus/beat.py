@@ -1,7 +1,7 @@
 """What a rank says of itself about once a second, and where it says so.  No torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatrain.parallel import phase
 
@@ -32,6 +32,8 @@ class Beat:
     resident_bytes: int = 0
     tokens: int = 0
     """Tokens in passes so far."""
+    adapters: dict[str, int] = field(default_factory=dict)
+    """How many are on the device, in the host's memory, on its disk."""
 
 
 def key(rank: int) -> str:

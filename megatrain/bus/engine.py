@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatrain.bus.residents import Residents
 from megatrain.bus.start_from import imported
 from megatrain.checkpoint.locate import locate
 from megatrain.config.lora import LoraSpec
@@ -152,30 +153,39 @@ def wait_for_save(trainer: Trainer) -> None:
 
 
 def resume(
-    trainer: Trainer, name: str | None, checkpoint: Path, *, use_previous: bool = False
+    trainer: Trainer,
+    name: str | None,
+    checkpoint: Path,
+    residents: Residents,
+    *,
+    use_previous: bool = False,
 ) -> dict[str, Any]:
     """Go on from a saved training state; return step and data position.  Collective.
 
     What is not there yet is made as it was saved: adapter, optimizer, schedule.
     """
     checkpoint, record = open_state(checkpoint, trainer.network.groups, use_previous=use_previous)
-    _restore(trainer, name, checkpoint, record)
+    if name is None:
+        known = residents.names
+        name = record.adapter if record.adapter in known or not known else known[0]
+    _restore(trainer, name, checkpoint, record, residents)
     return {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}
 
 
-def load(trainer: Trainer, name: str | None, place: str) -> None:
+def load(trainer: Trainer, name: str | None, place: str, residents: Residents) -> None:
     """Give an adapter the weights of one in PEFT's format; make it if it is not there."""
     with imported(trainer, place) as state:
         record = read_record(state)
         if name is None:
-            name = next(iter(trainer.trained), record.adapter)
-        _restore(trainer, name, state, record)
+            name = next(iter(residents.names), record.adapter)
+        _restore(trainer, name, state, record, residents)
 
 
-def _restore(trainer: Trainer, name: str | None, checkpoint: Path, record: StateRecord) -> None:
-    if name is None:
-        known = trainer.trained
-        name = record.adapter if record.adapter in known or not known else next(iter(known))
+def _restore(
+    trainer: Trainer, name: str, checkpoint: Path, record: StateRecord, residents: Residents
+) -> None:
+    if name in residents.names:
+        residents.bring([name])
     check_fits(trainer, name, record)
     if name not in trainer.trained:
         if record.lora is None:

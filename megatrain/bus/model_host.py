@@ -41,9 +41,10 @@ from megatrain.bus.commands import (
     ZeroGrad,
 )
 from megatrain.bus.metrics import Metrics
+from megatrain.bus.residents import Residents
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, StateError
 from megatrain.export.state.collect import gradients
 from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
@@ -62,6 +63,12 @@ class ModelHost:
         self.opened, self.session = command, session
         config = model_config(command)
         self.trainer: Trainer = engine.open_model(command.model_id, config, session)
+        self.residents = Residents(
+            self.trainer,
+            seed=session.seed,
+            max_loras=config.max_loras,
+            max_cpu_loras=config.max_cpu_loras,
+        )
         self._utilisation = Utilisation(self.trainer.network)
         self.metrics: dict[str, Metrics] = {}
         self.loss_choices: dict[str, SetLoss] = {}
@@ -72,20 +79,25 @@ class ModelHost:
     @property
     def trained(self) -> list[str]:
         """Names of what is trained: adapters, or the base alone."""
-        return list(self.trainer.trained)
+        return list(self.residents.names)
 
     def check(self, command: Command) -> None:
         """Raise StateError for a command about something that is not there; change nothing."""
         match command:
-            case SetOptimizer(adapter=None) if not self.trainer.trained:
+            case SetOptimizer(adapter=None) if not self.trained:
                 return
+            case AddAdapter(adapter=name) if name in self.trained:
+                raise StateError(
+                    f"there is already an adapter called {name!r}",
+                    hint="delete_adapter removes it; load and resume_from_checkpoint change it",
+                )
             case AddAdapter() | WaitForSave() | ApplyPatch() | Load() | Resume() | OpenModel():
                 return
             case ForwardBackwardMany(batches=batches) | ForwardMany(batches=batches):
                 for batch in batches:
                     if isinstance(command, ForwardBackwardMany) or batch.adapter != BASE:
                         self.name(batch.adapter)
-            case Forward(adapter=name) if name == BASE or not (name or self.trainer.trained):
+            case Forward(adapter=name) if name == BASE or not (name or self.trained):
                 return
             case _:
                 self.name(getattr(command, "adapter", BASE))
@@ -94,18 +106,26 @@ class ModelHost:
         """Return the adapter that is meant: the first one if none is named, or the base."""
         return resolve(adapter, self.trained)
 
-    def run(self, command: ModelCommand) -> Any:  # noqa: C901 - one short case a command
+    def run(self, command: ModelCommand) -> Any:
         """Do what the command says, and return its result.  Collective."""
+        if isinstance(command, ForwardBackwardMany | ForwardMany):
+            return self._many(command)
+        adapter = getattr(command, "adapter", None)
+        named = self.trained[0] if adapter is None and self.trained else adapter
+        if named in self.trained and not isinstance(command, DeleteAdapter):
+            self.residents.bring([named])
+        try:
+            return self._run(command)
+        finally:
+            self.residents.added()
+
+    def _run(self, command: ModelCommand) -> Any:
         trainer = self.trainer
         match command:
             case ForwardBackward():
                 return self._forward_backward(command)
             case Forward():
                 return self._forward(command)
-            case ForwardBackwardMany():
-                return self._many(command)
-            case ForwardMany():
-                return run_mixed(trainer, command.batches, train=False)
             case ClipGradAndStep():
                 name = self.name(command.adapter)
                 norm = trainer.clip_grad_and_step(name, command.max_grad_norm)
@@ -128,7 +148,9 @@ class ModelHost:
 
     def _set_up(  # noqa: C901 - one short case a command
         self,
-        command: AddAdapter
+        command: ForwardBackwardMany
+        | ForwardMany
+        | AddAdapter
         | DeleteAdapter
         | SetOptimizer
         | SetSchedule
@@ -163,10 +185,11 @@ class ModelHost:
             case WaitForSave():
                 return engine.wait_for_save(trainer)
             case Load():
-                return engine.load(trainer, command.adapter, command.place)
+                return engine.load(trainer, command.adapter, command.place, self.residents)
             case Resume():
-                place, use_previous = Path(command.checkpoint), command.use_previous
-                return engine.resume(trainer, command.adapter, place, use_previous=use_previous)
+                return self._resume(command)
+            case ForwardBackwardMany() | ForwardMany():
+                return self._many(command)
             case _:
                 assert_never(command)
 
@@ -185,7 +208,7 @@ class ModelHost:
 
     def _forward(self, command: Forward) -> StepOutput:
         adapter = command.adapter
-        base = adapter == BASE or (adapter is None and not self.trainer.trained)
+        base = adapter == BASE or (adapter is None and not self.trained)
         return self.trainer.forward_only(
             BASE if base else self.name(adapter),
             command.inputs,
@@ -194,16 +217,27 @@ class ModelHost:
             prepare=command.prepare,
         )
 
-    def _many(self, command: ForwardBackwardMany) -> Results:
-        start = time.perf_counter()
-        results = run_mixed(self.trainer, command.batches, train=True)
-        seconds = time.perf_counter() - start
+    def _many(self, command: ForwardBackwardMany | ForwardMany) -> Results:
+        """Run a pass of several adapters; of more than fit on the device, one after the other."""
+        train, results = isinstance(command, ForwardBackwardMany), Results()
+        at_once = self.trainer.network.config.max_loras or len(command.batches) or 1
+        for start in range(0, len(command.batches), at_once):
+            batches = command.batches[start : start + at_once]
+            self.residents.bring([each.adapter for each in batches if each.adapter in self.trained])
+            began = time.perf_counter()
+            some = run_mixed(self.trainer, batches, train=train)
+            if train:
+                self._count(some, time.perf_counter() - began)
+            results |= some
+        return results
+
+    def _count(self, results: Results, seconds: float) -> None:
+        """Count a pass for each adapter, with its share of the time by tokens."""
         outputs = {name: each for name, each in results.items() if isinstance(each, StepOutput)}
         tokens = {name: sum(map(len, each.logps)) for name, each in outputs.items()}
         for name, output in outputs.items():
             share = tokens[name] / max(1, sum(tokens.values()))
             self.metrics_of(name).add(output, seconds * share)
-        return results
 
     def _add(self, command: AddAdapter) -> None:
         engine.add_adapter(
@@ -215,13 +249,13 @@ class ModelHost:
         )
 
     def _delete(self, name: str) -> None:
-        self.trainer.delete(name)
+        self.residents.removed(name)
         self.metrics.pop(name, None)
         self.loss_choices.pop(name, None)
 
     def _set_optimizer(self, command: SetOptimizer) -> None:
         options = dict(command.options)
-        if command.adapter is None and not self.trainer.trained:
+        if command.adapter is None and not self.trained:
             self.trainer.train_base(command.kind, options)
             return
         self.trainer.set_optimizer(self.name(command.adapter), command.kind, options)
@@ -237,6 +271,15 @@ class ModelHost:
         applied = engine.apply_patch(self.trainer, command.spec, options, trust=command.trust)
         self.patches.append(command)
         return applied
+
+    def _resume(self, command: Resume) -> dict[str, Any]:
+        return engine.resume(
+            self.trainer,
+            command.adapter,
+            Path(command.checkpoint),
+            self.residents,
+            use_previous=command.use_previous,
+        )
 
     def _save(self, command: Save) -> str:
         phase.enter(phase.SAVING)

@@ -7,6 +7,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -46,10 +47,12 @@ class Pulse:
         """Say that this rank has raised an error, and that the others may not know."""
         self._beat = replace(self._beat, failed=True)
 
-    def end(self, *, tokens: int = 0) -> None:
-        """Say that the command is done."""
+    def end(self, *, tokens: int = 0, adapters: Mapping[str, int] | None = None) -> None:
+        """Say that the command is done, how many tokens it saw, and where adapters are now."""
         total = self._beat.tokens + tokens
-        self._beat = replace(self._beat, command="", failed=False, tokens=total)
+        self._beat = replace(
+            self._beat, command="", failed=False, tokens=total, adapters=dict(adapters or {})
+        )
         phase.enter(phase.IDLE)
 
     def close(self) -> None:

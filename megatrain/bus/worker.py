@@ -92,7 +92,7 @@ class Worker:
             done = time.perf_counter()
             times = {"validate": validated - start, "execute": done - validated}
             self._server.reply(job, self._reply(command, value, failure, times))
-        self._pulse.end(tokens=tokens)
+        self._pulse.end(tokens=tokens, adapters=self._residents())
 
     def _check(self, payload: bytes | memoryview) -> tuple[Command | None, Failure | None]:
         """Return the command, or why this rank cannot do it.  Nothing changes."""
@@ -181,10 +181,19 @@ class Worker:
             "platform": self.session.platform.name,
             "models": {key: host.opened.model_id for key, host in self._models.items()},
             "adapters": {key: host.trained for key, host in self._models.items()},
+            "residents": {key: host.residents.tiers() for key, host in self._models.items()},
             "resident_bytes": process.memory_info().rss,
             "threads": threading.active_count(),
             "files": process.num_fds(),
         }
+
+    def _residents(self) -> dict[str, int]:
+        """Return how many adapters of all models are where."""
+        counts: dict[str, int] = {}
+        for host in self._models.values():
+            for tier, names in host.residents.tiers().items():
+                counts[tier] = counts.get(tier, 0) + len(names)
+        return counts
 
     def _failure(self, error: BaseException, command: Command | None) -> Failure:
         name = "a command" if command is None else type(command).__name__

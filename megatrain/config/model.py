@@ -24,10 +24,21 @@ class ModelConfig(BaseModel):
     Engine.  Names and exports are Megatron-Bridge's in any case."""
     recompute: bool = False
     """Recompute each layer's activations in backward: less memory, a third more work."""
+    max_loras: PositiveInt | None = None
+    """Adapters on the device at once, with their gradients and optimizers; None is all.  The least
+    recently used go to the host's memory, and come back when they are used."""
+    max_cpu_loras: PositiveInt | None = None
+    """Adapters in the host's memory at once; None is all.  Further ones go to its disk."""
     max_tokens_per_microbatch: PositiveInt | None = None
     """Token budget of a packed micro-batch (before CP splits it).  A longer datum is alone."""
     micro_batch_size: PositiveInt | None = None
     """Data in a micro-batch, instead of a token budget."""
+
+    @model_validator(mode="after")
+    def _memory_is_for_what_is_not_on_the_device(self) -> Self:
+        if self.max_cpu_loras is not None and self.max_loras is None:
+            raise ValueError(f"max_cpu_loras={self.max_cpu_loras} has no effect without max_loras")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_form_micro_batches(self) -> Self:

@@ -232,3 +232,43 @@ def bad_calls(folder: Any) -> Any:
         "size": attempt(["a", "b"], micro_batch_size=2),
     }
     return errors, before, [_norm(model, name) for name in ("a", "b")]
+
+
+def resident_run(folder: Any, options: dict[str, Any]) -> Any:
+    """Return adapters, losses and metrics after steps of five tenants, some of them in turn."""
+    model = make_model(folder, {}, **options)
+    names = ["a", "b", "c", "d", "h"]
+    adapters, data, columns = tenants_of(model, names)
+    losses = []
+    for name in names:
+        model.set_optimizer("AdamW", lr=1e-3, adapter_name=name)
+        model.set_lr_scheduler("LinearWarmupScheduler", adapter_name=name, **STEPS)
+    for round_ in range(3):
+        for name in names if round_ % 2 else names[::-1]:
+            mine = [i for i, each in enumerate(adapters) if each == name]
+            given = {key: [column[i] for i in mine] for key, column in columns.items()}
+            given = {key: column for key, column in given.items() if column[0] is not None}
+            batch = [data[i] for i in mine]
+            for _ in range(2):  # gradients stay behind while others are used
+                output = model.forward_backward(inputs=batch, adapter_name=name, **given)
+                losses.append(output.loss)
+        for name in names:
+            model.clip_grad_and_step(adapter_name=name)
+    output = model.forward_backward(inputs=data, adapter_name=adapters, **columns)
+    together = [output.adapters[name].loss for name in names]
+    metrics = {name: model.calculate_metric(adapter_name=name) for name in names}
+    kept = {
+        name: {key: each[key] for key in ("lr", "step", "grad_norm")}
+        for name, each in metrics.items()
+    }
+    states = {name: model.get_state_dict(adapter_name=name) for name in names}
+    gradients = {name: model.get_gradients(adapter_name=name) for name in names}
+    return losses, kept, states, gradients, together, model.adapter_names
+
+
+STEPS = {"num_warmup_steps": 2, "num_training_steps": 10}
+
+
+def bad_memory(folder: Any) -> Any:
+    """Return the error of a limit for memory without one for the device."""
+    return error_of(lambda: make_model(folder, {}, max_cpu_loras=1))

@@ -100,3 +100,26 @@ def test_bad_calls_for_several_adapters_are_refused_before_anything_changes(rank
         assert kind in kinds, (case, kinds)
         assert text in message, (case, message)
     assert before == after
+
+
+@pytest.mark.parametrize("mesh", [DeviceMesh(), DeviceMesh(tp=2, dp=2)], ids=["1", "dp2-tp2"])
+def test_adapters_that_leave_the_device_come_back_as_they_were(mesh, ranks, checkpoints):
+    folder = checkpoints("qwen3")
+    expected = ranks.run(tenant_tasks.resident_run, mesh, folder, {})[0]
+    for options in ({"max_loras": 2}, {"max_loras": 1, "max_cpu_loras": 1}):
+        found = ranks.run(tenant_tasks.resident_run, mesh, folder, options)[0]
+        assert found[5] == expected[5]
+        assert found[0] == expected[0]
+        assert found[1] == expected[1]
+        for name, state in expected[2].items():
+            assert all(np.array_equal(found[2][name][key], state[key]) for key in state), name
+            # The last pass is one of all adapters, or several of fewer.
+            largest = max(float(each.abs().max()) for each in expected[3][name].values())
+            difference = largest_adapter_difference(found[3][name], expected[3][name])
+            assert difference <= SAME * largest, name
+        assert found[4] == pytest.approx(expected[4], rel=1e-6)
+
+
+def test_memory_for_adapters_is_refused_where_it_has_no_effect(ranks, checkpoints):
+    error = ranks.run(tenant_tasks.bad_memory, None, checkpoints("qwen3"))[0]
+    assert "max_cpu_loras=1 has no effect without max_loras" in error[1]
