@@ -23,7 +23,7 @@ from megatrain.export.folder import check_may_replace, sync, take_place
 
 logger = logging.getLogger(__name__)
 
-IDENTITY, JOURNAL, LOCK = ".identity.json", ".journal", ".lock"
+IDENTITY, JOURNAL, LOCK, PART = ".identity.json", ".journal", ".lock", ".part"
 
 
 class ResumableFolder:
@@ -92,12 +92,18 @@ class ResumableFolder:
                     hint="--restart throws it away and begins anew",
                 )
             logger.info("going on with %s", self.folder)
+            for path in self.folder.rglob(f"*{PART}"):  # of processes that were killed
+                path.unlink()
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        identity.write_text(json.dumps(self._identity, indent=1))
-        sync(identity)
-        sync(self.folder)
+        try:
+            identity.write_text(json.dumps(self._identity, indent=1))
+            sync(identity)
+            sync(self.folder)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def finish(self, names: Iterable[str]) -> None:
         """Put the folder in its place; nothing of the journals is left in it.
@@ -129,16 +135,21 @@ class Journal:
     def write(self, name: str, make: Callable[[Path], tuple[str, Mapping[str, Any]]]) -> None:
         """Make one file, unless it is there: `make(path)` returns its XXH3-64 and some JSON.
 
-        Raises ExportError if the disk is full; what is whole stays.
+        Raises ExportError if the disk is full; what is whole stays, and nothing else.
         """
         if name in self.done:
             return
-        path = self.folder / f"{name}.part"
+        # By a name of this process's own: one that outlives its run must not write into the next.
+        path = self.folder / f"{name}.{os.getpid()}{PART}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with explained(self.folder):
-            digest, words = make(path)
-            sync(path)
-            path.rename(self.folder / name)
+            try:
+                digest, words = make(path)
+                sync(path)
+                path.rename(self.folder / name)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
             sync(path.parent)
             entry = {"size": (self.folder / name).stat().st_size, "xxh3": digest, **words}
             self._append({"name": name, **entry})
@@ -190,8 +201,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
-            f"the disk is too full for the result: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} "
-            f"GB free at {folder}",
+            f"the disk is too full for the result: {needed / 1e6:,.1f} MB needed, "
+            f"{free / 1e6:,.1f} MB free at {folder}",
             hint="free some space, or write to another disk",
         )
 

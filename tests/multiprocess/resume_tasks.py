@@ -75,18 +75,23 @@ def go_on(folder: Any, path: Any, batches: Sequence[Batch], output_dir: Any) -> 
 
 
 def go_on_in_one_process(
-    folder: Any, lora: dict[str, Any], batches: Sequence[Batch], pause: int, output_dir: Any
+    folder: Any,
+    lora: dict[str, Any],
+    batches: Sequence[Batch],
+    pause: int,
+    output_dir: Any,
+    optimizer: dict[str, Any] = ADAMW,
 ) -> dict[str, Any]:
     """Train to the pause, save, train a second model on from there; also train straight on."""
-    model = ready(folder, lora)
+    model = ready(folder, lora, optimizer=optimizer)
     steps(model, batches[:pause])
     path = model.save("half", output_dir, save_optimizer=True)
-    fresh = ready(folder, lora)
+    fresh = ready(folder, lora, optimizer=optimizer)
     fresh.resume_from_checkpoint(path)
     return {
         "resumed": steps(fresh, batches[pause:]),
         "paused": steps(model, batches[pause:]),
-        "straight": steps(ready(folder, lora), batches),
+        "straight": steps(ready(folder, lora, optimizer=optimizer), batches),
     }
 
 

@@ -89,6 +89,7 @@ def test_an_example_runs_as_printed_and_learns(example, folder):
     if "rewards/margins" in lines[0]:
         assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 1
     if number == "11":
+        assert lines[-1]["accuracy"] > lines[0]["accuracy"]
         assert lines[-1]["accuracy"] == 1.0
     assert (folder / f"output/{number}/loss.png").is_file()
     assert (folder / f"output/{number}/last").is_dir()

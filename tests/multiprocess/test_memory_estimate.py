@@ -98,20 +98,34 @@ def new_ranks():
     pool.close()
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+CASES = {
+    "1": ("qwen3", DeviceMesh()),
+    "tp2": ("qwen3", TP2),
+    "dp2": ("qwen3", DeviceMesh(dp=2)),
+    "pp2": ("qwen3", PP2),
+    "moe-ep2": ("qwen3_moe", EP2),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mesh", [DeviceMesh(), TP2], ids=DeviceMesh.describe)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("lora", [{**LORA, "r": 16}, None], ids=["lora", "full"])
-def test_a_ranks_peak_on_cpu_is_within_15_percent(lora, mesh, new_ranks, checkpoints):
-    folder = checkpoints("qwen3", **SHAPE)
+def test_a_ranks_peak_on_cpu_is_within_15_percent(lora, case, new_ranks, checkpoints):
+    family, mesh = CASES[case]
+    folder = checkpoints(family, **SHAPE, **(EXPERTS if family == "qwen3_moe" else {}))
     config = json.loads((folder / "config.json").read_text())
     training = Training(precision="no", lora=lora, sequence_length=1024, tokens_per_microbatch=2048)
-    # Adam's moments are there from the second forward_backward on.
-    batches = [batch_of(2, 1024, 32_000)] * (1 if lora else 2)
+    # A micro-batch for each data parallel rank and stage.  Adam's moments are there from the second
+    # forward_backward on.
+    batches = [batch_of(2 * mesh.dp * mesh.pp, 1024, 32_000)] * (1 if lora else 2)
     options = {"max_tokens_per_microbatch": 2048}
-    expected = estimate(config, mesh, training).peak
-    for found in new_ranks.run(
+    stages = estimate(config, mesh, training).ranks
+    measured = new_ranks.run(
         estimate_tasks.peak_growth, mesh, folder, lora, batches, options, timeout_s=500.0
-    ):
-        print(f"{mesh.describe()}: estimated {expected / 1e6:.0f} MB, measured {found / 1e6:.0f}")
+    )
+    for rank, found in enumerate(measured):
+        expected = stages[rank * mesh.pp // mesh.world_size].peak
+        print(f"{case}, rank {rank}: estimated {expected / 1e6:.0f} MB, measured {found / 1e6:.0f}")
         assert expected == pytest.approx(found, rel=0.15)

@@ -1,6 +1,6 @@
 """Training stopped on one layout goes on on another as if it had not stopped."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ MORE = [
     Case("qwen3", DeviceMesh(dp=2, fsdp=2), DeviceMesh(pp=2)),
 ]
 """Newton-Schulz in float32 raises the smallest singular values, and rounding with them."""
+MUON_PAIRS = [replace(case, optimizer=MUON, adapter_tolerance=1e-4) for case in PAIRS]
 
 
 def check(case, ranks, checkpoints, tmp_path):
@@ -125,7 +126,7 @@ def test_an_adapter_goes_on_on_another_layout(case, ranks, checkpoints, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MORE, ids=str)
+@pytest.mark.parametrize("case", [*MUON_PAIRS, *MORE], ids=str)
 def test_all_parameters_rare_targets_and_other_optimizers_go_on(case, ranks, checkpoints, tmp_path):
     check(case, ranks, checkpoints, tmp_path)
 
@@ -145,9 +146,37 @@ def test_a_score_head_goes_on_with_what_it_is_trained_with(lora, ranks, checkpoi
 @pytest.mark.parametrize("mesh", [ONE, DeviceMesh(dp=2, tp=2)], ids=["1", "dp2-tp2"])
 @pytest.mark.parametrize("lora", [LORA | {"lora_dropout": 0.1}, {}], ids=["lora", "full"])
 def test_on_one_layout_everything_is_bit_for_bit(mesh, lora, ranks, checkpoints, tmp_path):
-    folder = checkpoints("qwen3")
+    check_bit_for_bit(mesh, checkpoints("qwen3"), lora, ADAMW, ranks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "lora", "optimizer"),
+    [
+        ("qwen3", DeviceMesh(pp=2), LORA, ADAMW),
+        ("qwen3", DeviceMesh(cp=2), LORA, ADAMW),
+        ("qwen3_moe", DeviceMesh(dp=2, ep=2), LORA, ADAMW),
+        ("qwen3_moe", DeviceMesh(dp=2, ep=2), {}, ADAMW),
+        ("qwen3", DeviceMesh(dp=2), LORA, MUON),
+        ("qwen3", DeviceMesh(tp=2), {}, MUON),
+    ],
+    ids=["pp2", "cp2", "ep2-lora", "ep2-full", "dp2-Muon", "tp2-full-Muon"],
+)
+def test_other_layouts_and_optimizers_are_bit_for_bit_too(
+    family, mesh, lora, optimizer, ranks, checkpoints, tmp_path
+):
+    check_bit_for_bit(mesh, checkpoints(family), lora, optimizer, ranks, tmp_path)
+
+
+def check_bit_for_bit(mesh, folder, lora, optimizer, ranks, tmp_path):
     result = ranks.run(
-        resume_tasks.go_on_in_one_process, mesh, folder, lora, BATCHES[:6], 3, tmp_path
+        resume_tasks.go_on_in_one_process,
+        mesh,
+        folder,
+        lora,
+        BATCHES[:6],
+        3,
+        tmp_path,
+        optimizer,
     )[0]
     whole = result["straight"]
     for part in ("resumed", "paused"):

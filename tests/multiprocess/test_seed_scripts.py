@@ -35,20 +35,37 @@ def workplace(folder: Path, script: str, num_ranks: int) -> Path:
     return copy
 
 
+def run(script: str, num_ranks: int, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a script's copy in its folder, on ranks of torchrun's if there are several."""
+    copy = workplace(folder, script, num_ranks)
+    start = [sys.executable]
+    if num_ranks > 1:
+        start = [*TORCHRUN, "--local-addr=127.0.0.1", f"--nproc-per-node={num_ranks}"]
+    done = subprocess.run(
+        [*start, str(copy)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_the_script_that_only_reads_data_prints_a_batch_of_packed_rows(num_ranks, tmp_path):
+    """Every rank prints the same batch."""
+    said = run("partial.py", num_ranks, tmp_path).stdout
+    rows = re.findall(r"Row\(key='(\w+)', num_tokens=(\d+)", said)
+    assert len(rows) == 8 * num_ranks
+    assert len(set(rows)) == 8
+    assert all(400 < int(tokens) <= 512 for _, tokens in rows)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("script", "num_ranks"),
     [("single_device.py", 1), ("single_device.py", 4), ("torchrun.py", 1), ("torchrun.py", 4)],
 )
 def test_a_script_of_the_quick_start_runs_and_its_loss_falls(script, num_ranks, tmp_path):
-    copy = workplace(tmp_path, script, num_ranks)
-    start = [sys.executable]
-    if num_ranks > 1:
-        start = [*TORCHRUN, "--local-addr=127.0.0.1", f"--nproc-per-node={num_ranks}"]
-    done = subprocess.run(
-        [*start, str(copy)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(script, num_ranks, tmp_path)
     pattern = r"Current is step (\d+) of 80, metric: \{.*?'loss': ([\d.]+)"
     losses = {int(step): float(loss) for step, loss in re.findall(pattern, done.stderr)}
     assert list(losses) == [0, 20, 40, 60]

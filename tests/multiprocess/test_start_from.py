@@ -74,3 +74,30 @@ def test_a_run_goes_on_from_another_runs_adapter(ranks, base, data, tmp_path):
     losses = lines_of(tmp_path / "four")
     assert losses[3] < losses[0] - 0.01
     assert abs(lines_of(tmp_path / "one")[0] - losses[3]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "kto"])
+def test_preferences_are_compared_with_the_adapter_that_training_starts_from(
+    recipe, ranks, base, data, tmp_path
+):
+    """At first policy and reference are the same; a run that resumes has the same reference."""
+    sft = settings(base, data / FILES["sft"], tmp_path / "sft")
+    ranks.run(train, None, sft, ["train.max_steps=3"])
+    values = settings(base, data / FILES[recipe], tmp_path / "straight", recipe)
+    del values["lora"]
+    options = [f"train.adapter={tmp_path / 'sft' / 'last'}", "optimizer.lr=1e-3"]
+    mesh = DeviceMesh(tp=2)
+    ranks.run(train, mesh, values, [*options, "train.max_steps=4"])
+    values["output_dir"] = str(tmp_path / "stopped")
+    ranks.run(train, mesh, values, [*options, "train.max_steps=2"])
+    ranks.run(train, mesh, values, [*options, "train.max_steps=4", "train.resume=auto"])
+    moved = {"dpo": "rewards/margins", "kto": "rewards/chosen"}[recipe]
+    straight = lines_of(tmp_path / "straight", moved)
+    assert abs(straight[0]) <= 1e-6
+    assert abs(straight[-1]) > 1e-3
+    assert lines_of(tmp_path / "stopped", moved) == pytest.approx(straight, abs=TOLERANCE)
+    if recipe == "kto":
+        kls = lines_of(tmp_path / "straight", "kl")
+        assert kls[0] <= 1e-6
+    saved = sorted(path.name for path in (tmp_path / "stopped" / "last").rglob("*"))
+    assert not [name for name in saved if "reference" in name]

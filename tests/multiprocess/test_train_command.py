@@ -18,7 +18,7 @@ from tests.multiprocess.train_settings import (
     settings,
     write_config,
 )
-from tests.multiprocess.train_tasks import train
+from tests.multiprocess.train_tasks import dry_run_errors, train, train_error, train_errors
 
 pytestmark = pytest.mark.multiprocess
 
@@ -49,7 +49,9 @@ def test_a_reward_model_learns_which_answer_is_better(full, base, data, tmp_path
         del values["lora"]
     ranks.run(train, DeviceMesh(tp=2), values, [f"full={str(full).lower()}"])
     assert lines_of(tmp_path)[-1] < lines_of(tmp_path)[0]
-    assert mean_of_ends(lines_of(tmp_path, "accuracy"))[1] == 1.0
+    first, last = mean_of_ends(lines_of(tmp_path, "accuracy"))
+    assert last > first
+    assert last == 1.0
 
 
 def test_a_student_follows_its_teacher(base, data, tmp_path, ranks):
@@ -142,6 +144,57 @@ def test_streams_of_several_sources_are_mixed_by_weight(base, data, tmp_path, ra
     ranks.run(train, DeviceMesh(dp=2), values)
     assert len(lines_of(tmp_path)) == 9
     assert lines_of(tmp_path)[-1] < lines_of(tmp_path)[0]
+
+
+MISTAKES = {
+    "train.best_metric=acuracy": "did you mean 'token_accuracy'",
+    "optimizer.weigth_decay=0.1": "did you mean 'weight_decay'",
+    "optimizer=Adamw": "did you mean 'AdamW'",
+    "schedule={ name = 'cosine', num_warmup_step = 1 }": "did you mean 'num_warmup_steps'",
+    "processor.name=Nope": "unknown processor 'Nope'",
+    "model_patches=[{ name = 'Nope' }]": "unknown patch 'Nope'",
+    "data.preprocessor.name=MessageProcessor": "did you mean 'MessagesProcessor'",
+    "data.eval=[{ dataset_id = 'nope.jsonl' }]": "nope.jsonl",
+}
+
+
+@pytest.mark.parametrize("task", [train_errors, dry_run_errors])
+def test_a_mistake_is_named_before_a_row_or_a_weight_is_read(task, base, data, tmp_path, ranks):
+    """There are no rows to train on, so whatever is said was found before they were looked for."""
+    values = settings(base, data / "missing.jsonl", tmp_path)
+    found = ranks.run(task, None, values, [[mistake] for mistake in MISTAKES])[0]
+    for (mistake, message), (kinds, text) in zip(MISTAKES.items(), found, strict=True):
+        assert "MegatrainError" in kinds, mistake
+        assert message in text, mistake
+
+
+def test_bad_rows_end_a_run_or_are_left_out_as_the_configuration_says(base, data, tmp_path, ranks):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((data / "chats.jsonl").read_text() + '{"messages": []}\nnonsense\n')
+    values = settings(base, rows, tmp_path / "out")
+    values["data"]["eval"] = values["data"]["train"]
+    kinds, text = ranks.run(train_error, None, values)[0]
+    assert "DataError" in kinds
+    assert "rows.jsonl, line 2" in text
+    assert "[data]" in text
+    ranks.run(train, None, values, ["data.on_error=skip", "train.max_steps=3"])
+    assert lines_of(tmp_path / "out", "epoch") == [0.3333, 0.6667, 1]  # of 24 rows, 8 a batch
+
+
+def test_patches_change_the_model_before_it_is_trained(base, data, tmp_path, ranks):
+    patch = "tests.multiprocess.train_tasks:ScaledEmbedding"
+    losses = {}
+    for name, factor in (("none", None), ("one", 1.0), ("three", 3.0)):
+        values = settings(base, data / "chats.jsonl", tmp_path / name)
+        values["model_patches"] = [{"name": patch, "factor": factor}] if factor else []
+        ranks.run(train, DeviceMesh(tp=2), values, ["train.max_steps=1"])
+        losses[name] = lines_of(tmp_path / name)[0]
+    assert losses["one"] == losses["none"]
+    assert abs(losses["three"] - losses["none"]) > 1e-3
+    values["model_patches"] = [{"name": patch, "facto": 3.0}]
+    assert "did you mean 'factor'" in ranks.run(train_error, None, values)[0][1]
+    values["model_patches"] = [{"name": str(tmp_path / "patch.py:Own")}]
+    assert "trust_remote_code" in ranks.run(train_error, None, values)[0][1]
 
 
 @pytest.mark.slow

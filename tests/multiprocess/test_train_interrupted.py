@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatrain.cli.train.history import read_lines
-from megatrain.export.state.record import has_state
+from megatrain.export.state.record import has_state, read_record
 from megatrain.export.state.retention import latest_state
 from megatrain.parallel.layout import DeviceMesh
 from tests.multiprocess.train_settings import (
@@ -76,9 +77,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(base, data, tmp_path):
     options = ["--nproc", "2"]
     running = subprocess.Popen(command(config, *options, "--set", "train.max_steps=100000"))
     try:
-        deadline = time.monotonic() + 300
-        while len(read_lines(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_for_lines(out, 3)
         running.send_signal(signal.SIGTERM)
         assert running.wait(120) == 143
     finally:
@@ -92,6 +91,38 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(base, data, tmp_path):
     assert (out / "loss.png").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_to_torchrun_leaves_a_complete_checkpoint(base, data, tmp_path):
+    """The launcher hands the signal on; both ranks save the step in hand together."""
+    out = tmp_path / "out"
+    config = write_config(settings(base, data / "chats.jsonl", out), tmp_path / "run.toml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--local-addr=127.0.0.1", "--nproc-per-node", "2", "-m", "megatrain", "train"]
+    running = subprocess.Popen([*torchrun, str(config), "--set", "train.max_steps=100000"])
+    try:
+        wait_for_lines(out, 3)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(120) != 0
+    finally:
+        running.kill()
+    done = len(lines_of(out))
+    assert done >= 3
+    assert latest_state(out) == out / "last"  # every file of it is whole
+    assert read_record(out / "last").step == done
+    more = ["--set", f"train.max_steps={done + 2}", "--set", "train.resume=auto"]
+    subprocess.run(command(config, *more), check=True)
+    assert lines_of(out, "step") == list(range(1, done + 3))
+
+
+def wait_for_lines(out: Path, count: int) -> None:
+    """Wait until a run has told of so many steps."""
+    deadline = time.monotonic() + 300
+    while len(read_lines(out / "metrics.jsonl")) < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.2)
+
+
 def written_now(out: Path) -> list[Path]:
     """Return folders of checkpoints that are being written."""
     return [path for path in out.glob(".*.partial") if path.is_dir()]
@@ -99,12 +130,13 @@ def written_now(out: Path) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("nproc", ["1", "2"])
 def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before(
-    base, data, tmp_path
+    nproc, base, data, tmp_path
 ):
     out = tmp_path / "out"
     config = write_config(settings(base, data / "chats.jsonl", out), tmp_path / "run.toml")
-    options = ["--set", "train.max_steps=100000", "--set", "train.save_every=1"]
+    options = ["--nproc", nproc, "--set", "train.max_steps=100000", "--set", "train.save_every=1"]
     running = subprocess.Popen(command(config, *options), start_new_session=True)
     try:
         deadline = time.monotonic() + 300
@@ -121,7 +153,7 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before
     last = latest_state(out)  # every file of it is whole
     assert last is not None
     done = int(last.name.removeprefix("checkpoint-"))
-    more = ["--set", f"train.max_steps={done + 2}", "--set", "train.resume=auto"]
+    more = ["--nproc", nproc, "--set", f"train.max_steps={done + 2}", "--set", "train.resume=auto"]
     subprocess.run(command(config, *more), check=True)
     assert lines_of(out, "step") == list(range(1, done + 3))
     assert has_state(out / "last")

@@ -24,9 +24,6 @@ def run_conversion(args: argparse.Namespace, job: Any, plan: Plan, target: Path)
     """Show the plan, or convert to `target`; return 0."""
     from megatrain.export.conversion.run import check, convert
 
-    if args.dry_run:
-        check(job, target)
-
     def work(progress: Any) -> Mapping[str, Any]:
         return convert(
             job,
@@ -38,4 +35,4 @@ def run_conversion(args: argparse.Namespace, job: Any, plan: Plan, target: Path)
             progress=progress,
         )
 
-    return run_job(args, plan, work)
+    return run_job(args, plan, work, check=lambda: check(job, target))

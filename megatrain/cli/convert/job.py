@@ -50,15 +50,22 @@ def add_options(
 
 
 def run_job(
-    args: argparse.Namespace, plan: Plan, work: Callable[["Progress"], Mapping[str, Any]]
+    args: argparse.Namespace,
+    plan: Plan,
+    work: Callable[["Progress"], Mapping[str, Any]],
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Show the plan, or do the work and report on it; return 0.
 
-    `work` returns what the report says of the result, as JSON.
+    `check` raises what the work would and writes nothing.  What it imports counts as libraries, not
+    as memory of the work.  `work` returns what the report says of the result, as JSON.
     """
     if args.report is not None:  # a report that cannot be written is told before the work
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.open("a").close()
+    start = time.perf_counter()
+    check()
     if args.dry_run:
         expected = expected_seconds(plan)
         _write_report(args, {"plan": asdict(plan), "seconds_expected": expected})
@@ -66,7 +73,6 @@ def run_job(
         return 0
     from megatrain.export.conversion.memory import PeakMemory
 
-    start = time.perf_counter()
     with Progress(plan.what, plan.read_bytes) as progress, PeakMemory() as memory:
         result = work(progress)
     seconds = time.perf_counter() - start

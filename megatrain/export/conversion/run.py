@@ -12,7 +12,7 @@ from megatrain.export.conversion.to_megatron import ToMegatron
 from megatrain.export.conversion.verify import verify_export, verify_import
 from megatrain.export.conversion.workers import run_job_on
 from megatrain.export.folder import check_may_replace
-from megatrain.export.resumable import Journal, ResumableFolder, check_space
+from megatrain.export.resumable import Journal, ResumableFolder, check_space, explained
 
 
 def convert(
@@ -25,16 +25,17 @@ def convert(
     verify: bool,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write `target` and return what a report says of it.
+    """Write `target` and return what a report says of it; `check` comes before.
 
     Raises ExportError or CheckpointError; then there is no `target`, and the same call goes on
     where this one stopped.
     """
     give_back_freed_tensors()
-    check(job, target)
-    with ResumableFolder(target, _identity(job), may_replace=_is_empty, restart=restart) as place:
-        written = sum(path.stat().st_size for path in place.folder.rglob("*") if path.is_file())
-        check_space(place.folder, needed_bytes - written)
+    place = ResumableFolder(target, _identity(job), may_replace=_is_empty, restart=restart)
+    # What an earlier run left is gone on with, or makes room.
+    written = sum(path.stat().st_size for path in place.folder.rglob("*") if path.is_file())
+    check_space(place.folder, needed_bytes - written)
+    with explained(place.folder), place:
         result = run_job_on(job, place.folder, workers, progress)
         planned = result.pop("files")
         if lacking := sorted(set(planned) - Journal(place.folder).done.keys()):

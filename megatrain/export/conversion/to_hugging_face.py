@@ -73,6 +73,11 @@ class ToHuggingFace:
                 "place for; import the original there, or give a configuration without it",
             )
 
+    def warm_up(self) -> None:
+        """Have everything imported that the work needs, so that its memory is its own."""
+        with self.inverse():
+            pass
+
     @contextmanager
     def inverse(self) -> Iterator[Inverse]:
         """Give the tensors of the result."""

@@ -90,6 +90,11 @@ class ToMegatron:
             with outline(self.source, self.mesh, rank, shapes) as part:
                 check_claimed(part.table, checkpoint.plain)
 
+    def warm_up(self) -> None:
+        """Have everything imported that the work needs, so that its memory is its own."""
+        with outline(self.source, self.mesh, 0, self.open().stored.shapes()):
+            pass
+
     def _units(self, part: Outline, checkpoint: Base) -> Iterator[list[StoredParameter]]:
         """Cut a rank's parameters into files; a rank without any still has one."""
         unit: list[StoredParameter] = []

@@ -3,11 +3,14 @@
     python -m megatrain.export.conversion.worker REQUEST FOLDER INDEX NUMBER
 
 REQUEST is a file of JSON; what is said on the output is a line of JSON each: `{"read": bytes}` as
-work goes on, at last `{"done": {...}}` or `{"error": message, "hint": ...}`.
+work goes on, at last `{"done": {...}}` or `{"error": message, "hint": ...}`.  When its input ends,
+the process that started it has ended, and it ends as well.
 """
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from megatrain.export.conversion.memory import PeakMemory, give_back_freed_tenso
 def main(arguments: list[str]) -> int:
     """Do the share and return the exit status."""
     request, folder, index, number = arguments
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         done = _run(json.loads(Path(request).read_text()), Path(folder), (int(index), int(number)))
     except MegatrainError as error:
@@ -25,6 +29,13 @@ def main(arguments: list[str]) -> int:
         return 1
     _say({"done": done})
     return 0
+
+
+def _end_with_parent() -> None:
+    # Not through sys.stdin: this thread would hold its lock when the interpreter ends.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def _run(request: dict[str, Any], folder: Path, share: tuple[int, int]) -> dict[str, Any]:
@@ -35,6 +46,7 @@ def _run(request: dict[str, Any], folder: Path, share: tuple[int, int]) -> dict[
 
     give_back_freed_tensors()
     job = from_json(request)
+    job.warm_up()
     with PeakMemory() as memory:
         written = job.run(folder, share, lambda num_bytes: _say({"read": num_bytes}))
     growth = {"peak_memory_growth": memory.growth}

@@ -41,6 +41,7 @@ def _start(request: Path, folder: Path, number: int, progress: Progress) -> dict
     processes = [
         subprocess.Popen(
             [*program, str(index), str(number)],
+            stdin=subprocess.PIPE,  # nothing comes; it closes when this process ends, however
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

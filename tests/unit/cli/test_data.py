@@ -9,7 +9,7 @@ import pytest
 
 from megatrain.cli.data import command
 from megatrain.cli.quickstart.tokenizer import build_tokenizer
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, DataError
 
 CHATS = [
     [
@@ -113,3 +113,18 @@ def test_pairs_are_not_packed(model: Path, tmp_path: Path) -> None:
     args = parse(tmp_path / "pairs.jsonl", *options)
     with pytest.raises(ConfigError, match="cannot be packed"):
         args.run(args)
+
+
+def test_bad_rows_are_named_or_left_out_when_asked(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(path.read_text() + '\n{"messages": []}\n')
+    args = parse(path, "--model", model, "--out", tmp_path / "out")
+    with pytest.raises(DataError, match=r"chats\.jsonl, line 31") as raised:
+        args.run(args)
+    assert "--skip-bad-rows" in (raised.value.hint or "")
+    args = parse(path, "--model", model, "--out", tmp_path / "out", "--skip-bad-rows")
+    assert args.run(args) == 0
+    assert json.loads((tmp_path / "out" / "stats.json").read_text())["rows"] == 30
+    assert "left out 1 of 31 rows" in caplog.text

@@ -150,10 +150,33 @@ def test_json_has_every_number(capsys):
     assert rows[0]["peak"] == max(rank["peak"] for rank in rows[0]["ranks"])
 
 
+def test_a_hubs_model_is_planned_by_its_configuration_alone(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        (tmp_path / "config.json").write_text(json.dumps(dict(command.load_config("100m"))))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert run("--model", "hf://owner/model", "--gpus", "2") == 0
+    assert run("--model", "owner/model", "--gpus", "2") == 0
+    assert asked == [("owner/model", ["config.json"])] * 2
+    assert "best: " in capsys.readouterr().out
+
+
+def test_an_offloaded_optimizer_leaves_room_on_the_device(capsys):
+    arguments = ["--model", "qwen3-8b", "--gpus", "1", "--device", "h200", "--full"]
+    run(*arguments, "--memory", "141GB")
+    assert "too big" in capsys.readouterr().out
+    assert run(*arguments, "--memory", "141GB", "--offload-optimizer") == 0
+    assert "[optimizer]\noffload_optimizer = true" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--model", "nowhere", "--gpus", "1"], ConfigError, "no shape of this name"),
+        (["--model", "./nowhere", "--gpus", "1"], ConfigError, "no shape of this name"),
         (["--model", "qwen3.5-9b", "--gpus", "1"], UnknownFamilyError, "Qwen3_5TextConfig"),
         (["--model", "100m", "--gpus", "0"], ConfigError, "--gpus"),
         (["--model", "100m", "--gpus", "3", "--nodes", "2"], ConfigError, "multiple of --nodes"),

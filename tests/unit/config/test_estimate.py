@@ -76,6 +76,18 @@ def test_optimizer_state_is_shared_over_dp_and_gradients_are_not():
     assert (sgd.weights, sgd.optimizer) == (2 * total, 4 * total)
 
 
+def test_an_offloaded_optimizer_is_in_the_hosts_memory():
+    mesh, training = DeviceMesh(dp=4), Training(precision="no")
+    here = estimate(QWEN, mesh, training).ranks[0]
+    result = estimate(QWEN, mesh, replace(training, offload_optimizer=True))
+    away = result.ranks[0]
+    share = sum(here.parameters.values()) // 4
+    assert (here.optimizer, here.host) == (12 * share, 0)
+    assert (away.optimizer, away.host) == (0, 12 * share + 4 * share)  # and the gradients it reads
+    assert here.peak - away.peak == here.optimizer
+    assert "of the host's" in render(result)[-1]
+
+
 def test_fsdp_shards_what_is_held_and_gathers_two_layers():
     whole = estimate(QWEN, DeviceMesh(dp=4), Training(precision="no")).ranks[0]
     sharded = estimate(QWEN, DeviceMesh(dp=4, fsdp=4), Training(precision="no")).ranks[0]

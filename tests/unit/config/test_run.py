@@ -69,6 +69,7 @@ def test_a_file_is_read_and_overrides_win(tmp_path):
 
 def test_what_ranks_read_is_what_the_command_checked():
     options = ["lora.r=4", "loss.beta=0.3", "data.template.loss_on=last", "mesh.fsdp=2"]
+    options += ["model_patches=[{ name = 'a.b:C', factor = 2 }]", "data.on_error=skip"]
     config = parse(SMALLEST, options)
     text = config.model_dump(mode="json", exclude_none=True)
     assert parse(text) == config
@@ -84,6 +85,7 @@ def test_what_ranks_read_is_what_the_command_checked():
         ("lora.lora_alfa=4", "unknown key 'lora_alfa' in [lora]; did you mean 'lora_alpha'?"),
         ("model.mixed_precison=no", "'mixed_precison' in [model]; did you mean 'mixed_precision'?"),
         ("mesh.sp=2", "unknown key 'sp' in [mesh]"),
+        ("schedule.warmup_ratoi=0.1", "'warmup_ratoi' in [schedule]; did you mean 'warmup_ratio'?"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_section_and_the_nearest_one(override, message):
@@ -114,6 +116,7 @@ def test_an_unknown_key_is_named_with_its_section_and_the_nearest_one(override, 
             "weights must be given for all training sources or none",
         ),
         (["lora.r=0"], "lora: r must be a whole number"),
+        (["data.on_error=ignore"], "data.on_error"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(overrides, message):

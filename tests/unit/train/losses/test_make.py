@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 
@@ -157,3 +158,17 @@ def test_what_a_function_returns_is_checked(function, message):
 def test_a_function_that_hides_its_parameters_is_refused(function, message):
     with pytest.raises(ConfigError, match=message):
         make_loss(function)
+
+
+FUNCTIONS = (
+    *("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "grpo", "dpo"),
+    *("simpo", "orpo", "kto", "bradley_terry", "mpo", "distillation"),
+)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_loss_is_a_function_of_its_own_whose_source_is_named(name):
+    function = getattr(losses, name)
+    assert inspect.isfunction(function)
+    assert re.search(r"Tinker|\d{4}\.\d{4,5}|Schulman et al\.|TRL", inspect.getdoc(function))
+    assert name in losses.__all__
