@@ -62,6 +62,14 @@ class ReadsAhead(Protocol):
         """Take what says, from the lengths of a batch's rows, which of them this rank reads."""
 
 
+@runtime_checkable
+class Fetches(Protocol):
+    """A global batch whose rows come to a rank when it is known which of them it reads."""
+
+    def fetch(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Take the rows that each data parallel rank reads.  Collective over all ranks."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """Result of a forward pass over a global batch: the same on every rank, in request order."""

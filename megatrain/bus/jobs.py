@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatrain.errors import BusError
 
-_ENVELOPE = struct.Struct("<QQd")
+_ENVELOPE = struct.Struct("<QQd?")
 SEQ = struct.Struct("<Q")
 """In front of a reply, and all of a cancellation."""
 CANCELLED = struct.Struct("<Q?")
@@ -25,10 +25,12 @@ class Job:
     """All replies up to this number have come."""
     session: str = ""
     """Of the driver; not sent."""
+    is_scattered: bool = False
+    """Its rows follow, to those ranks that read them."""
 
     def pack(self) -> bytes:
         """Return it as bytes."""
-        head = _ENVELOPE.pack(self.seq, self.acknowledged, self.deadline_s)
+        head = _ENVELOPE.pack(self.seq, self.acknowledged, self.deadline_s, self.is_scattered)
         return b"".join((head, self.payload))
 
     @classmethod
@@ -38,5 +40,6 @@ class Job:
             return None
         if len(data) < _ENVELOPE.size:
             raise BusError(f"a command must have at least {_ENVELOPE.size} bytes: {len(data)}")
-        seq, acknowledged, deadline_s = _ENVELOPE.unpack_from(data)
-        return cls(seq, deadline_s, data[_ENVELOPE.size :], acknowledged, session)
+        seq, acknowledged, deadline_s, is_scattered = _ENVELOPE.unpack_from(data)
+        payload = data[_ENVELOPE.size :]
+        return cls(seq, deadline_s, payload, acknowledged, session, is_scattered)

@@ -48,6 +48,7 @@ from megatrain.errors import ConfigError, StateError
 from megatrain.export.state.collect import gradients
 from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
+from megatrain.train.loss import Loss
 from megatrain.train.mixed_collect import Results
 from megatrain.train.mixed_step import run_mixed
 from megatrain.train.step import BASE, Trainer
@@ -80,6 +81,11 @@ class ModelHost:
     def trained(self) -> list[str]:
         """Names of what is trained: adapters, or the base alone."""
         return list(self.residents.names)
+
+    def loss(self, adapter: str | None) -> Loss | None:
+        """Return what an adapter minimises; None if there is no such adapter."""
+        name = self.trained[0] if adapter is None and self.trained else adapter
+        return self.residents.loss(name) if name in self.trained else None
 
     def check(self, command: Command) -> None:
         """Raise StateError for a command about something that is not there; change nothing."""

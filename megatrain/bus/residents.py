@@ -98,6 +98,10 @@ class Residents:
         self._in_memory[name] = record
         self._spill()
 
+    def loss(self, name: str) -> Loss:
+        """Return what an adapter minimises, wherever it is."""
+        return self._losses[name] if name in self._losses else self._trainer.trained[name].loss
+
     def record(self, name: str) -> AdapterRecord:
         """Return an adapter as it is now, its tensors perhaps not copies."""
         if name in self._used:

@@ -9,6 +9,7 @@ A command that any rank cannot start is done by none; what goes wrong later is h
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -38,6 +39,7 @@ from megatrain.bus.jobs import Job
 from megatrain.bus.model_host import ModelHost
 from megatrain.bus.profile import Profiler
 from megatrain.bus.pulse import Pulse
+from megatrain.bus.scattered import SMALLEST, joined, split
 from megatrain.bus.server import Server
 from megatrain.errors import BusError, ConfigError, StateError
 from megatrain.parallel import phase
@@ -59,6 +61,8 @@ class Worker:
         self._channel = Channel(session.groups)
         self._models: dict[str, ModelHost] = {}
         self._profiler = Profiler()
+        self._rows: list[Any] | None = None
+        """Rank 0's, of a command that is scattered."""
         self._stopping = False
 
     def run(self) -> None:
@@ -70,16 +74,33 @@ class Worker:
 
     def _next(self) -> Job | None:
         """Return the next command; None if there was none for a while.  Collective."""
+        self._rows = None
         if self._server is None:
             return Job.unpack(self._channel.broadcast(None))
         job = self._server.next(IDLE_S)
-        self._channel.broadcast(b"" if job is None else job.pack())
-        return job
+        message = b"" if job is None else self._scattered(job).pack()
+        self._channel.broadcast(message)
+        return job if job is None else Job.unpack(memoryview(message), job.session)
+
+    def _scattered(self, job: Job) -> Job:
+        """Return the command as all ranks hear it: without rows that only some of them read."""
+        job = replace(job, is_scattered=False)
+        if len(job.payload) < SMALLEST or self.session.groups.mesh.dp == 1:
+            return job
+        try:
+            command = decode(job.payload)
+            parts = split(command, self._models.get(command.model))
+        except Exception:  # noqa: BLE001 - every rank will see it, and say what is wrong
+            return job
+        if parts is None:
+            return job
+        self._rows = parts[1]
+        return replace(job, payload=encode(parts[0]), is_scattered=True)
 
     def _answer(self, job: Job) -> None:
         self._pulse.begin(job.seq, "a command", job.deadline_s)
         start = time.perf_counter()
-        command, failure = self._check(job.payload)
+        command, failure = self._check(job)
         validated = time.perf_counter()
         failure = self._channel.vote(failure)
         value = None
@@ -94,11 +115,13 @@ class Worker:
             self._server.reply(job, self._reply(command, value, failure, times))
         self._pulse.end(tokens=tokens, adapters=self._residents())
 
-    def _check(self, payload: bytes | memoryview) -> tuple[Command | None, Failure | None]:
+    def _check(self, job: Job) -> tuple[Command | None, Failure | None]:
         """Return the command, or why this rank cannot do it.  Nothing changes."""
         command: Command | None = None
         try:
-            command = decode(payload)
+            command = decode(job.payload)
+            if job.is_scattered:
+                command = joined(command, self._rows, self.session.groups)
             if not isinstance(command, Command):
                 raise BusError(f"a command must come: got {type(command).__name__}")
             self._pulse.name(type(command).__name__)

@@ -48,6 +48,12 @@ class BatchPlan:
         """Labels in the whole batch."""
         return sum(datum.num_labels for datum in self.data)
 
+    def read_by(self, rank: int) -> list[int]:
+        """Return the data that a data parallel rank reads, in the order of the batch."""
+        return sorted(
+            index for members in self.bins[rank :: self.groups.mesh.dp] for index in members
+        )
+
     def micro_batches(self) -> list[MicroBatch]:
         """Return this rank's micro-batches; every rank has as many.
 

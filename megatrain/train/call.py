@@ -13,7 +13,7 @@ from megatrain.train.collect import PackedPlan
 from megatrain.train.datum import BatchRules, Datum, check_batch
 from megatrain.train.loss import Loss
 from megatrain.train.loss_inputs import check_names
-from megatrain.types import InputFeature, ReadsAhead
+from megatrain.types import Fetches, InputFeature, ReadsAhead
 
 Prepare = Callable[[Any], Sequence[InputFeature]]
 """From what a script passes to data; what it raises is raised on every rank."""
@@ -49,6 +49,8 @@ def plan_call(
         rules = BatchRules(network.vocab_size, loss, train=call.train)
         data = check_batch(rows, rules, call.loss_inputs)
         plan = BatchPlan(data, groups, rules, max_tokens=tokens, max_data=size)
+        if isinstance(inputs, Fetches):
+            inputs.fetch([plan.read_by(rank) for rank in range(groups.mesh.dp)])
         if isinstance(inputs, ReadsAhead):
             inputs.read_ahead(plan.dealer.own)
         divisor = divisor_of(loss, data, train=call.train)

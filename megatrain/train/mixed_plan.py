@@ -62,6 +62,11 @@ class MixedPlan:
         ]
         self.num_slots = sum(datum.size for share in self.shares for datum in share.data)
 
+    def read_by(self, rank: int, number: int) -> list[int]:
+        """Return which of a share's data a data parallel rank reads, in the order of the share."""
+        mine = self.bins[rank :: self.groups.mesh.dp]
+        return sorted(datum.index for b in mine for each, datum in b if each == number)
+
     def micro_batches(self) -> list[MicroBatch]:
         """Return this rank's micro-batches.  Data that were not read yet are read here.
 

@@ -22,7 +22,7 @@ from megatrain.train.mixed_collect import Results, collect_mixed
 from megatrain.train.mixed_objective import MixedObjective
 from megatrain.train.mixed_plan import MixedPlan, Share
 from megatrain.train.step import BASE, Trainer
-from megatrain.types import AdapterBatch, StepOutput
+from megatrain.types import AdapterBatch, Fetches, StepOutput
 
 
 def run_mixed(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool) -> Results:
@@ -96,6 +96,10 @@ def _plan(
             shares.append(_share(trainer, batch, losses[batch.adapter], start, train=train))
             start += sum(datum.size for datum in shares[-1].data)
         plan = MixedPlan(shares, groups, max_tokens=network.config.max_tokens_per_microbatch)
+        for number, batch in enumerate(batches):
+            if isinstance(batch.inputs, Fetches):
+                ranks = range(groups.mesh.dp)
+                batch.inputs.fetch([plan.read_by(rank, number) for rank in ranks])
         micro_batches = plan.micro_batches()
     except Exception:  # a row's reader and a loss are anybody's code; others wait in agree
         agree(None, groups)
