@@ -61,8 +61,8 @@ def initialize(
 
     mode 'driver': one script; the ranks are `nproc_per_node` processes that are started on this
     host and end with it, or those of `megatrain worker` at `address` (tcp://HOST:PORT or
-    unix:/path).  mode 'ray': actors of a Ray cluster, in `groups` of DeviceGroup.  `options` are
-    fields of megatrain.config.bus.BusConfig.
+    unix:/path).  mode 'ray': actors of a Ray cluster, in `groups` of DeviceGroup, at most
+    `nproc_per_node` of a group on a node.  `options` are fields of megatrain.config.bus.BusConfig.
 
     `seed` decides the initial adapters and dropout, `platform` is auto, cpu, cuda or npu, and
     `timeout_s` bounds a collective; ranks at an address have their own.
@@ -87,10 +87,11 @@ def initialize(
         raise ConfigError(f"mode {mode!r} does not take these options: {error}") from error
     ranks = _Ranks(global_device_mesh, seed, platform, timeout_s)
     if mode == "ray":
-        _refuse(mode, nproc_per_node=nproc_per_node, address=address)
+        _refuse(mode, address=address)
         from megatrain.bus.ray.groups import start_groups  # noqa: PLC0415 - ray is an extra
 
-        _remote = Remote(start_groups(groups, config, mesh=global_device_mesh, **ranks.settings()))
+        settings = ranks.settings() | {"nproc_per_node": nproc_per_node}
+        _remote = Remote(start_groups(groups, config, mesh=global_device_mesh, **settings))
     else:
         _refuse(mode, groups=groups)
         _remote = Remote({"model": _drive(ranks, nproc_per_node, address, config)})

@@ -36,6 +36,15 @@ class Beat:
     """How many are on the device, in the host's memory, on its disk."""
 
 
+PATIENCE = 6.0
+"""How much longer a rank may be silent while it loads: what it imports then holds all threads."""
+
+
+def patience(beat: Beat) -> float:
+    """Return the factor by which this rank may be silent for longer than others."""
+    return PATIENCE if beat.phase == phase.LOADING else 1.0
+
+
 def key(rank: int) -> str:
     """Return where a rank's beat is in the store."""
     return f"pulse/{rank}"

@@ -321,3 +321,8 @@ COMMANDS: dict[str, type[Command]] = {
     kind.__name__: kind for kind in (*ModelCommand.__args__, *RankCommand.__args__)
 }
 """By name, as they are called on the wire."""
+
+
+def is_redone(command: Command) -> bool:
+    """Tell whether ranks that start anew must be told it again."""
+    return command.mutates or (isinstance(command, Save) and command.background)

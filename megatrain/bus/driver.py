@@ -15,22 +15,29 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 from megatrain.bus.address import Address
-from megatrain.bus.codec import Failure, encode
-from megatrain.bus.commands import Command, Inspect, Ping, RestoreSnapshot, Save, Stop
+from megatrain.bus.codec import encode
+from megatrain.bus.commands import Command, Inspect, Ping, RestoreSnapshot, Stop, is_redone
 from megatrain.bus.events import Event, Observers
-from megatrain.bus.failures import error_of
 from megatrain.bus.frames import Kind
 from megatrain.bus.history import History
 from megatrain.bus.jobs import SEQ, Job
-from megatrain.bus.link import Link
-from megatrain.bus.pending import Answer, CommandFuture, Finish, Pending
+from megatrain.bus.link import Link, reach
+from megatrain.bus.pending import (
+    Answer,
+    CommandFuture,
+    Finish,
+    Pending,
+    reply_event,
+    resolve,
+    value_alone,
+)
 from megatrain.bus.ranks import Ranks, RanksAt
 from megatrain.bus.supervisor import Supervisor
+from megatrain.bus.telemetry.telemetry import Telemetry
 from megatrain.config.bus import BusConfig
 from megatrain.errors import (
     BusError,
     CancelledCommandError,
-    ConfigError,
     MegatrainError,
     RankError,
 )
@@ -76,12 +83,19 @@ class Driver:
         self._model_numbers = itertools.count()
         self.undone: dict[int, Future[Any]] = {}
         """Futures of commands that a driver before this one had accepted, by number."""
+        self.telemetry = Telemetry(self)
         try:
+            self.telemetry.open(
+                metrics_port=config.metrics_port,
+                metrics_host=config.metrics_host,
+                traces=config.traces,
+            )
             self.link = self._reach(ranks.start(), config.connect_timeout_s)
-            self.mesh = self._check_mesh(mesh)
+            self.mesh = self.link.check_mesh(mesh)
             self._take_up_undone()
             self._tell_again(self.link)
         except BaseException:
+            self.telemetry.close()
             self.history.close()
             ranks.close()
             raise
@@ -98,16 +112,6 @@ class Driver:
         """Drive ranks that run elsewhere: `megatrain worker`."""
         ranks = RanksAt(Address.parse(address))
         return cls(ranks, config, mesh=mesh, can_snapshot=config.journal is not None)
-
-    def _check_mesh(self, mesh: DeviceMesh | None) -> DeviceMesh:
-        theirs = DeviceMesh(**self.link.welcome.mesh)
-        if mesh is not None and mesh != theirs:
-            self.link.close()
-            raise ConfigError(
-                f"the ranks are laid out as {theirs.describe()}, not as {mesh.describe()}",
-                hint="leave global_device_mesh out, or start them with that mesh",
-            )
-        return theirs
 
     @property
     def welcome(self) -> Any:
@@ -179,11 +183,11 @@ class Driver:
         name = type(command).__name__
         with self.state:
             seq, limit = self.last_seq + 1, deadline_s or command.deadline_s
-            if _redo(command):
+            if is_redone(command):
                 self.history.accept(seq, payload, limit)
             self.last_seq = seq
             future = CommandFuture(lambda: self._cancel(seq))
-            pending = Pending(seq, name, payload, limit, future, finish or _value_alone)
+            pending = Pending(seq, name, payload, limit, future, finish or value_alone)
             self._pending[seq] = pending
         self.observers.tell(Event("accepted", seq, name, num_bytes=len(payload)))
         self._send(pending)
@@ -264,22 +268,8 @@ class Driver:
             self.state.notify_all()
         if pending.answer is not None:
             pending.answer.set(False)
-        self._tell_of(pending, reply, num_bytes)
+        self.observers.tell(reply_event(pending, reply, num_bytes))
         resolve(pending, reply)
-
-    def _tell_of(self, pending: Pending, reply: dict[str, Any], num_bytes: int) -> None:
-        failure, times = reply.get("failure"), reply.get("times") or {}
-        self.observers.tell(
-            Event(
-                "done" if failure is None else "failed",
-                pending.seq,
-                pending.name,
-                seconds=time.monotonic() - pending.accepted_at,
-                phases={str(name): float(value) for name, value in times.items()},
-                num_bytes=num_bytes,
-                text=failure.message if isinstance(failure, Failure) else "",
-            )
-        )
 
     def _take_up_undone(self) -> None:
         """Make futures for what a driver before this one had accepted and not heard of."""
@@ -289,27 +279,18 @@ class Driver:
                 deadline_s, payload = known[seq]
                 self.undone[seq] = future = CommandFuture(lambda seq=seq: self._cancel(seq))  # type: ignore[misc]
                 self._pending[seq] = Pending(
-                    seq, "command", payload, deadline_s, future, _value_alone
+                    seq, "command", payload, deadline_s, future, value_alone
                 )
 
     def _reach(self, address: Address, timeout_s: float) -> Link:
-        """Return a connection to rank 0, as soon as it listens."""
-        limit = time.monotonic() + timeout_s
-        while True:
+        def check() -> None:
             if (failure := self.ranks.failure()) is not None:
-                raise RankError(f"ranks ended while they started: {failure}\n{self.ranks.output()}")
-            try:
-                return Link(address, self.config, self.history.session)
-            except OSError as error:
-                refused = isinstance(error, BusError) and "refused" in str(error)
-                if refused or time.monotonic() > limit or self._closing:
-                    if isinstance(error, BusError):
-                        raise
-                    raise BusError(
-                        f"no ranks listen at {address} after {timeout_s:g} s: {error}",
-                        hint="start them with megatrain worker --listen",
-                    ) from error
-            time.sleep(0.05)
+                said = self.ranks.output()
+                raise RankError(f"ranks ended while they started: {failure}\n{said}")
+            if self._closing:
+                raise BusError("this driver is closed")
+
+        return reach(address, self.config, self.history.session, timeout_s, check)
 
     def reconnect(self, timeout_s: float) -> None:
         """Have the ranks started again, and tell them what they knew.  Raises BusError."""
@@ -346,7 +327,7 @@ class Driver:
             self.history.drop(pending.seq)
             del self._pending[pending.seq]
             self.state.notify_all()
-        pending.future.set_exception(error)
+        self._fail(pending, error)
 
     def give_up(self, error: MegatrainError) -> None:
         """Do nothing from now on: everything that waits fails with this error."""
@@ -358,12 +339,18 @@ class Driver:
         self.link.close()
         self.ranks.close()
 
+    def _fail(self, pending: Pending, error: MegatrainError) -> None:
+        seconds = time.monotonic() - pending.accepted_at
+        event = Event("failed", pending.seq, pending.name, seconds=seconds, text=error.message)
+        self.observers.tell(event)
+        pending.future.set_exception(error)
+
     def _fail_pending(self, error_of_one: Callable[[Pending], MegatrainError]) -> None:
         with self.state:
             waiting, self._pending = list(self._pending.values()), {}
         for pending in waiting:
             if not pending.future.done():
-                pending.future.set_exception(error_of_one(pending))
+                self._fail(pending, error_of_one(pending))
             if pending.answer is not None:
                 pending.answer.set(False)
 
@@ -389,6 +376,7 @@ class Driver:
         self.link.close()
         self.ranks.close()
         self.history.close()
+        self.telemetry.close()
 
     def _say_goodbye(self) -> None:
         command: Command = Stop()
@@ -408,26 +396,3 @@ class Driver:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _redo(command: Command) -> bool:
-    """Tell whether ranks that start anew must be told it again."""
-    return command.mutates or (isinstance(command, Save) and command.background)
-
-
-def _value_alone(value: Any, trained: list[str]) -> Any:
-    return value
-
-
-def resolve(pending: Pending, reply: dict[str, Any]) -> None:
-    """Give a future what a reply says."""
-    failure = reply.get("failure")
-    if isinstance(failure, Failure):
-        pending.future.set_exception(error_of(failure))
-        return
-    try:
-        value = pending.finish(reply.get("value"), list(reply.get("trained", ())))
-    except Exception as error:  # noqa: BLE001 - raised where the result is asked for
-        pending.future.set_exception(error)
-        return
-    pending.future.set_result(value)

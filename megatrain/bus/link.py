@@ -13,7 +13,8 @@ from megatrain.bus.handshake import HANDSHAKE_S, Welcome, enter
 from megatrain.bus.jobs import CANCELLED, SEQ
 from megatrain.bus.token import driving_token
 from megatrain.config.bus import BusConfig
-from megatrain.errors import BusError
+from megatrain.errors import BusError, ConfigError
+from megatrain.parallel.layout import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,17 @@ class Link:
         self.health: dict[str, Any] = {}
         """The last beats of all ranks, and how many commands wait."""
         self.heard_at = time.monotonic()
+
+    def check_mesh(self, mesh: DeviceMesh | None) -> DeviceMesh:
+        """Return the ranks' mesh.  Hangs up and raises ConfigError if it is not the one given."""
+        theirs = DeviceMesh(**self.welcome.mesh)
+        if mesh is not None and mesh != theirs:
+            self.close()
+            raise ConfigError(
+                f"the ranks are laid out as {theirs.describe()}, not as {mesh.describe()}",
+                hint="leave global_device_mesh out, or start them with that mesh",
+            )
+        return theirs
 
     def listen(
         self, reply: Callable[[int, Any, int], None], cancelled: Callable[[int, bool], None]
@@ -77,3 +89,32 @@ class Link:
     def close(self) -> None:
         """Hang up."""
         self._frames.close()
+
+
+def reach(
+    address: Address,
+    config: BusConfig,
+    session: str,
+    timeout_s: float,
+    check: Callable[[], None],
+) -> Link:
+    """Return a connection to rank 0, as soon as it listens.
+
+    `check` raises what makes waiting useless.  Raises BusError if nobody listens in time, or the
+    driver is refused.
+    """
+    limit = time.monotonic() + timeout_s
+    while True:
+        check()
+        try:
+            return Link(address, config, session)
+        except OSError as error:
+            refused = isinstance(error, BusError) and "refused" in str(error)
+            if refused or time.monotonic() > limit:
+                if isinstance(error, BusError):
+                    raise
+                raise BusError(
+                    f"no ranks listen at {address} after {timeout_s:g} s: {error}",
+                    hint="start them with megatrain worker --listen",
+                ) from error
+        time.sleep(0.05)

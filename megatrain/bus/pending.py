@@ -7,6 +7,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatrain.bus.codec import Failure
+from megatrain.bus.events import Event
+from megatrain.bus.failures import error_of
+
 Finish = Callable[[Any, list[str]], Any]
 
 CANCEL_S = 30.0
@@ -66,3 +70,36 @@ class Answer:
         """Return how it went; False if that is not heard in time."""
         self._known.wait(CANCEL_S)
         return self._in_time
+
+
+def value_alone(value: Any, trained: list[str]) -> Any:
+    """Return the value as it came."""
+    return value
+
+
+def resolve(pending: Pending, reply: dict[str, Any]) -> None:
+    """Give a future what a reply says."""
+    failure = reply.get("failure")
+    if isinstance(failure, Failure):
+        pending.future.set_exception(error_of(failure))
+        return
+    try:
+        value = pending.finish(reply.get("value"), list(reply.get("trained", ())))
+    except Exception as error:  # noqa: BLE001 - raised where the result is asked for
+        pending.future.set_exception(error)
+        return
+    pending.future.set_result(value)
+
+
+def reply_event(pending: Pending, reply: dict[str, Any], num_bytes: int) -> Event:
+    """Return what watchers hear of a reply."""
+    failure, times = reply.get("failure"), reply.get("times") or {}
+    return Event(
+        "done" if failure is None else "failed",
+        pending.seq,
+        pending.name,
+        seconds=time.monotonic() - pending.accepted_at,
+        phases={str(name): float(value) for name, value in times.items()},
+        num_bytes=num_bytes,
+        text=failure.message if isinstance(failure, Failure) else "",
+    )

@@ -86,6 +86,7 @@ class Pulse:
             resident_bytes=_resident(),
         )
         self._store.set(key(told.rank), json.dumps(asdict(told)))
+        self._store.get(key(told.rank))  # a store that is cut off takes all, and answers nothing
 
 
 def _stack() -> str:

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,12 @@ def run(options: RankOptions) -> int:
         world_size=world,
     )
     timeout_s = options.bus.heartbeat_timeout_s
-    pulse = Pulse(_own(store), rank, interval_s=min(1.0, timeout_s / 5))
+    pulse = Pulse(_own(store, timeout_s), rank, interval_s=min(1.0, timeout_s / 5))
     server = None
     try:
         if rank == 0:
             server = _serve(options, session, store, world)
-        watches = _watch(rank, world, _own(store), timeout_s, server)
+        watches = _watch(rank, world, _own(store, timeout_s), timeout_s, server)
         from megatrain.bus.worker import Worker  # noqa: PLC0415 - Megatron can be imported now
 
         Worker(session, pulse, server).run()
@@ -114,9 +115,14 @@ def _store(options: RankOptions, rank: int, world: int) -> Any:
     return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
 
-def _own(store: Any) -> Any:
-    """Return another connection to the same store, so that threads do not wait for each other."""
-    return store.clone()
+def _own(store: Any, timeout_s: float) -> Any:
+    """Return another connection to the same store, so that threads do not wait for each other.
+
+    An answer that does not come in time means that the store's host is lost.
+    """
+    own = store.clone()
+    own.set_timeout(timedelta(seconds=timeout_s))
+    return own
 
 
 def _serve(options: RankOptions, session: Session, store: Any, world: int) -> Server:

@@ -201,9 +201,9 @@ def _starts(row: dict[str, Any], size: int) -> Any:
 def joined(command: Any, rows: Sequence[Rows] | None, groups: Groups) -> Any:
     """Return a pass whose inputs are ScatteredBatches; rank 0 gives the rows."""
     if not isinstance(command, ForwardBackwardMany | ForwardMany):
-        return replace(command, inputs=_joined(command.inputs, rows and rows[0], groups))
+        return replace(command, inputs=_joined(command.inputs, rows[0] if rows else None, groups))
     batches = [
-        replace(each, inputs=_joined(each.inputs, rows and rows[number], groups))
+        replace(each, inputs=_joined(each.inputs, rows[number] if rows else None, groups))
         for number, each in enumerate(command.batches)
     ]
     return replace(command, batches=batches)

@@ -4,6 +4,7 @@ import re
 import time
 from dataclasses import dataclass
 
+from megatrain.bus.beat import patience
 from megatrain.bus.link import Link
 from megatrain.bus.ranks import Ranks
 
@@ -42,8 +43,8 @@ def trouble_of(ranks: Ranks, link: Link, heartbeat_timeout_s: float) -> Trouble 
         # Whoever started the ranks may know better a moment later.
         time.sleep(SETTLE_S)
         return _told(link) or Trouble(ranks.failure() or link.error.message)
-    silence = time.monotonic() - link.heard_at
-    if silence > heartbeat_timeout_s:
+    silence, beats = time.monotonic() - link.heard_at, link.health.get("beats")
+    if silence > heartbeat_timeout_s * (patience(beats[0]) if beats else 1.0):
         who = f"rank 0 (host {link.welcome.hosts[0]}, pid {link.welcome.pids[0]})"
         return Trouble(f"{who} has given no sign of life for {silence:.1f} s")
     return None

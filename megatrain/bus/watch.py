@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatrain.bus.beat import Beat, key, read_beat
+from megatrain.bus.beat import Beat, key, patience, read_beat
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,15 @@ class Watch:
 
     def judge(self, beats: Sequence[Beat], now: float) -> Loss | None:
         """Return what is wrong, if anything is."""
-        silent = [beat for beat in beats if self._silence(beat, now) > self._timeout_s]
+        silent = [
+            beat for beat in beats if self._silence(beat, now) > self._timeout_s * patience(beat)
+        ]
         if silent:
             return Loss(
                 tuple(beat.rank for beat in silent),
                 "; ".join(
                     f"{_who(beat)} has given no sign of life for {self._silence(beat, now):.1f} s "
-                    f"(bound {self._timeout_s:g} s){_doing(beat)}"
+                    f"(bound {self._timeout_s * patience(beat):g} s){_doing(beat)}"
                     for beat in silent
                 ),
             )

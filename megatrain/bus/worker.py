@@ -169,6 +169,7 @@ class Worker:
     def _run(self, command: RankCommand) -> Any:
         match command:
             case OpenModel():
+                phase.enter(phase.LOADING)
                 return self._open_model(command)
             case CloseModel():
                 del self._models[command.model]
@@ -183,6 +184,7 @@ class Worker:
                 phase.enter(phase.SAVING)
                 return snapshot.take(Path(command.directory), self._models, self.session)
             case RestoreSnapshot():
+                phase.enter(phase.LOADING)
                 self._models = {}
                 if command.directory is not None:
                     self._models = snapshot.restore(Path(command.directory), self.session)
@@ -227,7 +229,7 @@ class Worker:
     ) -> bytes:
         """Return the encoded reply; what cannot be sent is a failure too."""
         if failure is not None:
-            return encode({"failure": failure})
+            return encode({"failure": failure, "times": times})
         assert command is not None
         host = self._models.get(command.model)
         trained = [] if host is None else host.trained

@@ -13,10 +13,11 @@ from megatrain.cli.data import command as data
 from megatrain.cli.models import command as models
 from megatrain.cli.plan import command as plan
 from megatrain.cli.quickstart import command as quickstart
+from megatrain.cli.top import command as top
 from megatrain.cli.train import command as train
 from megatrain.errors import MegatrainError
 
-COMMANDS = (quickstart, train, worker, plan, data, models, convert, bench, doctor)
+COMMANDS = (quickstart, train, worker, top, plan, data, models, convert, bench, doctor)
 """Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
 
 

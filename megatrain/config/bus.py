@@ -48,6 +48,12 @@ class BusConfig(BaseModel):
     fork_ranks: bool = False
     """Fork the ranks of this host from one process that has imported Megatron: they start, and
     start again, in less than a second.  On processors only."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of /metrics (Prometheus) and /status (`megatrain top`) of the driver; 0 is any."""
+    metrics_host: str = "127.0.0.1"
+    """Where that port listens: this host alone unless told otherwise; it asks for no token."""
+    traces: bool = False
+    """A span of OpenTelemetry for each command, with the provider that the script has set."""
     journal: Path | None = None
     """Folder of the journal and the snapshots; needed to go on after the driver's own death, and
     where ranks are on several hosts it must be one that all of them see.  None: a temporary one."""

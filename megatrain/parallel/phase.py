@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 IDLE, VALIDATING, EXECUTING = "idle", "validating", "executing"
 FORWARD, BACKWARD, GATHERING = "forward", "backward", "gathering"
-STEPPING, SAVING = "optimizer step", "saving"
+STEPPING, SAVING, LOADING = "optimizer step", "saving", "loading"
 
 _observer: Callable[[str], None] | None = None
 

@@ -1,6 +1,7 @@
 """Groups of ranks on a Ray cluster, each with its driver: what initialize(mode='ray') calls."""
 
 import logging
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,6 +25,7 @@ def start_groups(
     seed: int,
     platform: str,
     timeout_s: float,
+    nproc_per_node: int | None = None,
 ) -> dict[str, Driver]:
     """Start the ranks of each DeviceGroup; return their drivers by the groups' names.
 
@@ -35,6 +37,8 @@ def start_groups(
     With `config.journal` every group has a folder of its own in it.  Snapshots are written by the
     ranks and looked for by the driver: with ranks on other nodes the journal must be a folder that
     all nodes see, and without a journal there are none: lost ranks do all commands anew.
+
+    `nproc_per_node` bounds the ranks of a group on one node.
 
     Raises ConfigError or LayoutError for groups that cannot work, PlatformError without Ray or
     without room on the cluster, BusError if ranks do not start.  Then none of them runs.
@@ -49,11 +53,12 @@ def start_groups(
         placements = _place(plans, cluster, config.connect_timeout_s, stack)
         drivers: dict[str, Driver] = {}
         try:
-            for plan in plans:
-                ranks = RayRanks(
-                    placements[plan.owner], plan, _own(config, plan), seed=seed, timeout_s=timeout_s
-                )
-                drivers[plan.group.name] = _drive(ranks, placements[plan.owner], plan)
+            for number, plan in enumerate(plans):
+                own = _own(config, plan, number)
+                placement = placements[plan.owner]
+                ranks = RayRanks(placement, plan, own, seed=seed, timeout_s=timeout_s)
+                drivers[plan.group.name] = _drive(ranks, placement, plan)
+                _check_nodes(plan.group.name, drivers[plan.group.name], nproc_per_node)
         except BaseException:
             for driver in drivers.values():
                 driver.close()
@@ -74,11 +79,24 @@ def _place(
     return found
 
 
-def _own(config: BusConfig, plan: Plan) -> BusConfig:
-    """Return the configuration with a journal of the group's own."""
-    if config.journal is None:
-        return config
-    return config.model_copy(update={"journal": config.journal / plan.group.name})
+def _own(config: BusConfig, plan: Plan, number: int) -> BusConfig:
+    """Return the configuration with a journal, and a port for metrics, of the group's own."""
+    own: dict[str, Any] = {}
+    if config.journal is not None:
+        own["journal"] = config.journal / plan.group.name
+    if config.metrics_port:
+        own["metrics_port"] = config.metrics_port + number
+    return config.model_copy(update=own)
+
+
+def _check_nodes(name: str, driver: Driver, nproc_per_node: int | None) -> None:
+    """Raise ConfigError if a node has more ranks of a group than it may have."""
+    most = max(Counter(driver.welcome.hosts).values())
+    if nproc_per_node is not None and most > nproc_per_node:
+        raise ConfigError(
+            f"group {name} has {most} ranks on a node, and nproc_per_node is {nproc_per_node}",
+            hint="spread it over nodes with strategy='SPREAD', or leave nproc_per_node out",
+        )
 
 
 def _drive(ranks: RayRanks, placement: Placement, plan: Plan) -> Driver:

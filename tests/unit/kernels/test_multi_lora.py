@@ -1,4 +1,4 @@
-"""Deltas of many adapters: the definition against one adapter after the other, Triton against it."""
+"""Deltas of many adapters: the definition against one after the other, Triton against it."""
 
 import os
 import subprocess

@@ -1,0 +1,1 @@
+"""What a driver shows of itself: Prometheus metrics, OpenTelemetry spans, and a status."""

@@ -1,0 +1,1 @@
+"""`megatrain top`: what a running driver and its ranks do, live."""
