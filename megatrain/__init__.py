@@ -63,6 +63,25 @@ _HOMES = {
     "register": "megatrain.config.plugins",
     "shutdown": "megatrain.api.session",
 }
+_HOMES |= dict.fromkeys(
+    (
+        "BusError",
+        "CancelledCommandError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "DeadlineError",
+        "ExportError",
+        "LayoutError",
+        "MegatrainError",
+        "NonFiniteError",
+        "PlatformError",
+        "RankError",
+        "StateError",
+        "UnknownFamilyError",
+    ),
+    "megatrain.errors",
+)
 # Whatever can be named (GRPOLoss, GSM8KProcessor, ...) can be imported; other systems' names for
 # the same thing, which begin with a small letter, are names only.
 _HOMES |= {

@@ -67,6 +67,17 @@ def make_adapter(
     return adapter
 
 
+def targets_of(table: ParameterTable, spec: LoraSpec) -> dict[str, tuple[int, float]]:
+    """Return rank and scale by Hugging Face module, of what the options adapt on this rank."""
+    return {
+        module: (spec.rank_of(module), spec.scale_of(module))
+        for parameters in _linears(table).values()
+        for parameter in parameters
+        for name in table.hf_names(parameter)
+        if is_target(spec, module := hf_module(name, parameter), parameter.global_name)
+    }
+
+
 def _linears(table: ParameterTable) -> dict[str, list[LocalParameter]]:
     """Return the weights of each Megatron linear here: one, or one for each local expert."""
     result: dict[str, list[LocalParameter]] = {}

@@ -7,9 +7,11 @@ from typing import Any
 
 from megatrain.config.lora import LoraSpec
 from megatrain.errors import CheckpointError, ConfigError
+from megatrain.export.rank_zero import texts_of_all
 from megatrain.export.state.collect import fingerprint
 from megatrain.export.state.imported import check_imported
 from megatrain.export.state.record import StateRecord
+from megatrain.model.lora import targets_of
 from megatrain.model.network import Network
 from megatrain.train.optimizer import OPTIMIZERS
 from megatrain.train.optimizer_state import state_keys
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(trainer: Trainer, name: str, record: StateRecord) -> None:
-    """Raise unless the state is of this base, adapter and optimizer.  No communication.
+    """Raise unless the state is of this base, adapter and optimizer.  Collective.
 
     Raises CheckpointError for another base or LoRA options, ConfigError for another optimizer or
     schedule.
@@ -56,20 +58,29 @@ def _check_base(network: Network, record: StateRecord) -> None:
 
 
 def _check_adapter(trainer: Trainer, name: str, record: StateRecord) -> None:
+    """Compare what the options mean for this base, not their wording.  Collective."""
     if name == BASE or record.lora is None:
         return
-    saved, here = LoraSpec.from_any(record.lora), trainer.network.adapters[name].spec
+    network = trainer.network
+    saved, here = LoraSpec.from_any(record.lora), network.adapters[name].spec
+    theirs, ours = targets_of(network.table, saved), targets_of(network.table, here)
     other = [
-        f"{key}: saved {getattr(saved, key)}, here {getattr(here, key)}"
-        for key in LoraSpec.__dataclass_fields__
-        if key not in ("init_lora_weights", "lora_dropout")
-        and getattr(saved, key) != getattr(here, key)
+        f"{module}: saved {_said(theirs.get(module))}, here {_said(ours.get(module))}"
+        for module in sorted(theirs.keys() | ours.keys())
+        if theirs.get(module) != ours.get(module)
     ]
-    if other:
+    text = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
+    # A pipeline stage knows its own layers, and all ranks go on or none does.
+    found = next(filter(None, texts_of_all(text, network.groups)), None)
+    if found is not None:
         raise CheckpointError(
-            f"adapter {name!r} has other LoRA options than the state: {'; '.join(other)}",
+            f"adapter {name!r} has other LoRA options than the state: {found}",
             hint="add the adapter with the saved options, or resume without adding it",
         )
+
+
+def _said(target: tuple[int, float] | None) -> str:
+    return "none" if target is None else f"r={target[0]} with a factor of {target[1]:g}"
 
 
 def _check_choices(trained: Trained, record: StateRecord) -> None:
