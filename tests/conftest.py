@@ -67,8 +67,13 @@ class DrivenRanks:
         mesh = mesh or DeviceMesh()
         options: dict[str, Any] = {"fork_ranks": True, "connect_timeout_s": timeout_s}
         if self._mode == "ray":
+            from megatrain.bus.ray.cluster import import_ray
+
+            ray = import_ray()
+            if not ray.is_initialized():  # once for all tasks
+                ray.init(address="local", num_cpus=POOL_SIZE, include_dashboard=False)
             group = megatrain.DeviceGroup(name="model", ranks=mesh.world_size, device_type="cpu")
-            options = {"groups": [group]}
+            options = {"groups": [group], "connect_timeout_s": timeout_s}
         megatrain.initialize(
             mode=self._mode, global_device_mesh=mesh, seed=seed, platform="cpu", **options
         )
@@ -88,6 +93,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mode", choices=["local", "driver", "ray"], default="local", help="how tasks reach ranks"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In another mode than local, leave out what looks at ranks from inside."""
+    if config.getoption("--mode") != "local":
+        left_out = [item for item in items if item.get_closest_marker("local_only")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.multiprocess import full_tasks
 from tests.multiprocess.data import random_batch
 from tests.multiprocess.truth import all_logps, hf_model, largest_difference, train
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 BATCHES = [random_batch(5, seed=seed) for seed in range(2)]
 TOLERANCE = 1e-5

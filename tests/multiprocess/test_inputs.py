@@ -6,13 +6,14 @@ import pytest
 from megatrain.parallel.layout import DeviceMesh
 from tests.multiprocess import input_tasks
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 MESHES = [None, DeviceMesh(dp=2), DeviceMesh(tp=2, cp=2)]
 TOLERANCE = 1e-5
 """float32; another packing adds up in another order."""
 
 
+@pytest.mark.local_only
 @pytest.mark.parametrize("mesh", MESHES, ids=["1", "dp2", "tp2-cp2"])
 def test_a_packed_row_and_lazy_rows_equal_plain_data(mesh, ranks, checkpoints):
     reports = ranks.run(input_tasks.row_report, mesh, checkpoints("qwen3"))
@@ -46,6 +47,7 @@ MESSAGES = {
 }
 
 
+@pytest.mark.local_only
 @pytest.mark.parametrize("mesh", [None, DeviceMesh(dp=2, pp=2)], ids=["1", "dp2-pp2"])
 def test_bad_inputs_are_refused_on_every_rank_and_leave_no_trace(mesh, ranks, checkpoints):
     folder = checkpoints("qwen3")

@@ -8,7 +8,7 @@ from megatrain.parallel.layout import DeviceMesh
 from tests.multiprocess import loss_tasks
 from tests.multiprocess.loss_cases import LOSSES
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 MESHES = [
     DeviceMesh(tp=2),
@@ -72,6 +72,7 @@ def test_a_loss_that_fails_late_fails_everywhere_and_leaves_gradients(mesh, rank
         assert norm == expected
 
 
+@pytest.mark.local_only
 @pytest.mark.parametrize("mesh", [None, DeviceMesh(pp=2)], ids=["1", "pp2"])
 def test_a_loss_that_fails_fails_on_every_rank_and_training_goes_on(mesh, ranks, checkpoints):
     reports = ranks.run(loss_tasks.failing_loss, mesh, checkpoints("qwen3"))

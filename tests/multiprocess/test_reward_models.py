@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from megatrain.parallel.layout import DeviceMesh
 from tests.multiprocess import loss_tasks
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 TOLERANCE = 1e-5
 """float32; sums over ranks come in another order."""

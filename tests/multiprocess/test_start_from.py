@@ -14,7 +14,7 @@ from tests.multiprocess.train_settings import FILES, lines_of, settings
 from tests.multiprocess.train_tasks import train, train_error
 from tests.multiprocess.truth import all_logps, hf_model, largest_difference
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 BATCH = random_batch(4, seed=5)
 TOLERANCE = 1e-5
@@ -57,6 +57,7 @@ def test_an_adapter_that_cannot_be_loaded_is_refused_on_every_rank(ranks, checkp
             assert word in text
 
 
+@pytest.mark.local_only
 def test_a_run_goes_on_from_another_runs_adapter(ranks, base, data, tmp_path):
     lines = (data / FILES["sft"]).read_text().splitlines()[:8]
     (tmp_path / "eight.jsonl").write_text("\n".join(lines) + "\n")

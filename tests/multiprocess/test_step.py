@@ -15,7 +15,7 @@ from tests.multiprocess.truth import (
     relative_difference,
 )
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 SAME = 1e-6
 """The same sums in another order; single values are about 1, so this is a few units in the last
