@@ -13,7 +13,8 @@ REFUSED = {
     "DeepseekV4ForCausalLM": "its bridge cannot read the rope parameters of Transformers'",
     "FalconH1ForCausalLM": "its Mamba layers need mamba-ssm, which needs CUDA",
     "GlmMoeDsaForCausalLM": "its sparse attention gives other log-probabilities than Transformers'",
-    "InternLM2ForCausalLM": _REMOTE,
+    "InternLM2ForCausalLM": f"{_REMOTE}; as LlamaForCausalLM, which InternLM's own "
+    "tools/convert2llama.py makes of it, it is supported",
     "InternLM3ForCausalLM": _REMOTE,
     "NemotronHForCausalLM": "its Mamba layers need mamba-ssm, which needs CUDA",
 }

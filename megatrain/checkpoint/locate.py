@@ -9,6 +9,8 @@ from megatrain.errors import CheckpointError
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 ALL_FILES = ("*.safetensors", *TOKENIZER_FILES)
 """Files of a model repository that are wanted; never pickled weights."""
+PICKLED_FILES = ("pytorch_model*.bin", *ALL_FILES)
+"""The same, for whoever allows them."""
 
 
 def locate(model_id: str, files: Sequence[str] = ALL_FILES) -> Path:

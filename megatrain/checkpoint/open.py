@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatrain.checkpoint.pickle_folder import PickleFolder
+from megatrain.checkpoint.pickle_folder import UNPICKLE, PickleFolder
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
 from megatrain.errors import CheckpointError
 
@@ -17,7 +17,7 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> SafetensorsF
         if not allow_pickle:
             raise CheckpointError(
                 f"weights are read from safetensors only; {folder} has {', '.join(pickled[:5])}",
-                hint="save them with save_pretrained, or convert with --allow-pickle",
+                hint=UNPICKLE,
             )
         return PickleFolder(folder)
     return SafetensorsFolder(folder)

@@ -16,6 +16,12 @@ from megatrain.checkpoint.safetensors_file import NAMES
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
 from megatrain.errors import CheckpointError
 
+UNPICKLE = (
+    "`megatrain convert import --allow-pickle`, then `megatrain convert export` make safetensors "
+    "of them; only tensors are unpickled"
+)
+"""What a user of pickled weights can do."""
+
 
 class PickleFolder(SafetensorsFolder):
     """Tensors of pytorch_model.bin, or of the shards that its index names."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from megatrain.checkpoint.locate import ALL_FILES, locate
+from megatrain.checkpoint.locate import ALL_FILES, PICKLED_FILES, locate
 from megatrain.errors import CheckpointError
 
 HUBS = ("hf", "ms")
@@ -24,15 +24,22 @@ def is_remote(place: str) -> bool:
 
 
 @contextlib.contextmanager
-def local_source(place: str, *, is_checkpoint: bool = True) -> Iterator[Path]:
+def local_source(
+    place: str, *, is_checkpoint: bool = True, allow_pickle: bool = False
+) -> Iterator[Path]:
     """Give a local folder with what is at `place`: a path, a hub's id, or a URL.
 
-    is_checkpoint=False takes any local folder as it is.  Raises CheckpointError if there is
-    nothing.  A copy of a URL's files is removed afterwards.
+    is_checkpoint=False takes any local folder as it is; allow_pickle=True asks a hub that has no
+    safetensors for pickled weights.  Raises CheckpointError if there is nothing.  A copy of a URL's
+    files is removed afterwards.
     """
     if not is_remote(place):
         path = Path(place).expanduser()
-        yield path if not is_checkpoint and path.exists() else locate(place, ALL_FILES)
+        if is_checkpoint or not path.exists():
+            path = locate(place, ALL_FILES)
+            if allow_pickle and not any(path.glob("*.safetensors")):
+                path = locate(place, PICKLED_FILES)
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="megatrain-source-") as name:
         system, path_there = _open(place)
@@ -63,7 +70,26 @@ def local_target(place: str) -> Iterator[Path]:
         target = Path(name) / "folder"
         yield target
         if target.is_dir():
-            system.put(f"{target}/", path_there.rstrip("/") + "/", recursive=True)
+            _put(system, target, path_there.rstrip("/"), place)
+
+
+def _put(system: Any, folder: Path, path_there: str, place: str) -> None:
+    """Copy a folder there, all of it or nothing.  Raises CheckpointError."""
+    try:
+        system.put(f"{folder}/", f"{path_there}/", recursive=True)
+    except BaseException as error:
+        left = "nothing is left there"
+        try:
+            if system.exists(path_there):
+                system.rm(path_there, recursive=True)
+        except Exception as second:  # noqa: BLE001 - said with the first one, which is raised
+            left = f"what is there is not whole and could not be removed ({second}): remove it"
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"the result could not be copied to {place}: {type(error).__name__}: {error}",
+            hint=f"{left}; run the command again, or convert to a local folder and copy that",
+        ) from error
 
 
 def _open(place: str) -> tuple[Any, str]:

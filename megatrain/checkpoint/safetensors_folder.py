@@ -43,7 +43,8 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         if not names:
             raise CheckpointError(
                 f"no {self.pattern} in {self.folder}",
-                hint="convert pickled weights with save_pretrained(safe_serialization=True)",
+                hint="of a repository that has pickled weights alone (*.bin), `megatrain convert "
+                "import --allow-pickle`, then `convert export` make safetensors",
             )
         return self._names_in(names)
 

@@ -65,10 +65,10 @@ def write_pieces(path: Path, pieces: Iterable[Piece | Blob]) -> tuple[str, list[
         for piece in pieces:
             start = stream.tell()
             if isinstance(piece, Blob):
-                torch.save(piece.value, stream)
+                stream.save(piece.value)
                 records.append([piece.key, None, start, stream.tell() - start])
                 continue
-            torch.save(_own_storage(piece.value), stream)
+            stream.save(_own_storage(piece.value))
             place = {
                 "dtype": str(piece.value.dtype).removeprefix("torch."),
                 "size": list(piece.full_shape),
@@ -123,7 +123,21 @@ class _Hashing(io.RawIOBase):
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file, self._position = file, 0
+        self._failure: OSError | None = None
         self.digest = xxhash.xxh3_64()
+
+    def save(self, value: Any) -> None:
+        """Append what torch.save makes of a value.
+
+        Raises the OSError of a full disk; torch itself raises a RuntimeError that hides it.
+        """
+        stream: Any = self
+        try:
+            torch.save(value, stream)
+        except RuntimeError as error:
+            if self._failure is None:
+                raise
+            raise self._failure from error
 
     def writable(self) -> bool:
         """Yes."""
@@ -133,7 +147,11 @@ class _Hashing(io.RawIOBase):
         """Append, and take into the checksum."""
         self.digest.update(data)
         self._position += memoryview(data).nbytes
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._failure = error
+            raise
 
     def tell(self) -> int:
         """Return the number of bytes so far."""

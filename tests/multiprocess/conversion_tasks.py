@@ -5,24 +5,28 @@ Megatron is imported inside the functions: the test process has not prepared it.
 
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 import megatrain
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
+from megatrain.errors import ExportError
 from megatrain.parallel.layout import DeviceMesh
 
 
 def import_checkpoint(folder: Path, target: Path, mesh: DeviceMesh, **options: Any) -> dict:
     """Convert to Megatron's format, in this one process."""
-    from megatrain.export.conversion.run import convert
+    from megatrain.export.conversion.run import check, convert
     from megatrain.export.conversion.to_megatron import ToMegatron
 
     megatrain.shutdown()
     job = ToMegatron(folder, mesh, options.pop("cast", None), options.pop("file_bytes", 100_000))
+    check(job, target)
     return convert(
         job,
         target,
@@ -38,7 +42,7 @@ def export_checkpoint(
     """Convert to a Hugging Face checkpoint, in this one process."""
     from megatrain.export.conversion.carried import FOLDER, read_originals
     from megatrain.export.conversion.expected import expected_originals
-    from megatrain.export.conversion.run import convert
+    from megatrain.export.conversion.run import check, convert
     from megatrain.export.conversion.to_hugging_face import ToHuggingFace
 
     megatrain.shutdown()
@@ -52,6 +56,7 @@ def export_checkpoint(
         cast=options.pop("cast", None),
         shard_bytes=options.pop("shard_bytes", None if carried else 10**9),
     )
+    check(job, target)
     return convert(
         job,
         target,
@@ -59,6 +64,19 @@ def export_checkpoint(
         | options
         | {"progress": lambda num_bytes: None},
     )
+
+
+def in_small_files(task: Callable[..., Any], *args: Any) -> Any:
+    """Convert to files of 100 kB."""
+    options = {"shard_bytes": 100_000} if task is export_checkpoint else {}
+    return task(*args, **options)
+
+
+def error_of_conversion(task: Callable[..., Any], *args: Any) -> str:
+    """Return what a conversion to small files says when it fails."""
+    with pytest.raises(ExportError) as failure:
+        in_small_files(task, *args)
+    return str(failure.value)
 
 
 def round_trip(folder: Path, tmp_path: Path, meshes: list[DeviceMesh]) -> list[str]:

@@ -35,3 +35,19 @@ def through_memory(folder: Path, commands: Sequence[Sequence[str]]) -> dict[str,
         tensors |= load(files.cat(path))
     left = sorted(str(path) for path in Path("/tmp").glob("megatrain-source-*"))
     return {"said": said, "tensors": tensors, "left": left}
+
+
+def with_hub(folder: Path, commands: Sequence[Sequence[str]]) -> tuple[list[Any], list[Any]]:
+    """Run commands where a hub has `folder` for every id; return what they and it were told."""
+    from unittest import mock
+
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
+        return str(folder)
+
+    with mock.patch.object(huggingface_hub, "snapshot_download", snapshot_download):
+        return [command(*each) for each in commands], asked

@@ -1,8 +1,13 @@
 """Hugging Face to Megatron's distributed checkpoints and back, against Megatron's own code."""
 
+import shutil
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatrain.parallel.layout import DeviceMesh
+from tests.fixtures.support_record import PLAN
 from tests.multiprocess import conversion_tasks as tasks
 
 pytestmark = pytest.mark.multiprocess
@@ -59,6 +64,28 @@ def test_megatron_loads_what_was_converted_on_another_layout(
         assert differing == []
 
 
+OTHERS = [
+    (family, loaded)
+    for family, plan in PLAN.items()
+    if plan.refused is None and family not in LAYOUTS
+    for name, loaded in (("pp", DeviceMesh(pp=2)), ("ep", DeviceMesh(dp=2, ep=2)))
+    if name not in plan.refused_layouts and (name == "pp" or plan.has_experts)
+]
+"""Families that the tests above do not load, and a layout that TP2 becomes."""
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("family", "loaded"), OTHERS, ids=[f"{f} on {m.describe()}" for f, m in OTHERS]
+)
+def test_every_family_goes_from_tp_to_another_layout(family, loaded, ranks, checkpoints, tmp_path):
+    folder = checkpoints(family)
+    ranks.run(tasks.import_checkpoint, None, folder, tmp_path / "out", DeviceMesh(tp=2))
+    for differing in ranks.run(tasks.megatron_loads, loaded, folder, tmp_path / "out"):
+        assert differing == []
+
+
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [
@@ -80,3 +107,19 @@ def test_what_megatron_saved_is_exported_byte_for_byte(family, mesh, ranks, chec
 def test_a_vocabulary_that_is_padded_comes_back_without_padding(ranks, checkpoints, tmp_path):
     folder = checkpoints("qwen3", vocab_size=513)
     assert ranks.run(tasks.round_trip, None, folder, tmp_path, [DeviceMesh(tp=4)]) == [[]]
+
+
+@pytest.mark.parametrize("mesh", [DeviceMesh(), DeviceMesh(tp=2)], ids=DeviceMesh.describe)
+def test_each_tensor_keeps_its_own_dtype(mesh, ranks, checkpoints, tmp_path):
+    """Parts of one fused parameter, too: it is held in the dtype that holds them all."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(checkpoints("qwen3"), folder)
+    tensors = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        wide = "norm" in name or name.endswith(
+            ("0.self_attn.k_proj.weight", "1.mlp.up_proj.weight")
+        )
+        half = torch.float16 if "embed" in name else torch.bfloat16
+        tensors[name] = value if wide else value.to(half)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert ranks.run(tasks.round_trip, None, folder, tmp_path, [mesh]) == [[]]

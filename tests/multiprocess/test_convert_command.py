@@ -1,11 +1,7 @@
-"""`megatrain convert import` and `export` as a user calls them: plans, reports, mistakes, kills."""
+"""`megatrain convert import` and `export` as a user calls them: plans, reports, mistakes."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -300,32 +296,41 @@ def test_a_list_of_tensors_that_was_altered_is_refused(change, convert, checkpoi
     assert sorted(each.name for each in tmp_path.iterdir()) == ["middle"]
 
 
-@pytest.mark.slow
-def test_killed_and_called_again_it_writes_the_same_bytes(convert, checkpoints, tmp_path):
-    folder = checkpoints("qwen3", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    size = ["--file-size", "200KB"]
-    assert convert("import", folder, straight, *size)[0] == 0
-    program = [sys.executable, "-m", "megatrain", "convert", "import", str(folder), str(killed)]
-    process = subprocess.Popen([*program, *size])
-    journal = tmp_path / ".killed.converting" / ".journal.0"
-    while not (journal.is_file() and journal.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = journal.read_text().splitlines()
-    assert not killed.exists()
-    files = sorted(p.relative_to(straight) for p in straight.rglob("*.distcp"))
-    assert len(done) < len(files)
-    first = journal.parent / json.loads(done[0])["name"]
-    written_at = first.stat().st_mtime_ns
-    status, _, said = convert("import", folder, killed, "--file-size", "300KB")
-    assert status == 1
-    assert "file_bytes differ" in said
-    assert convert("import", folder, killed, *size)[0] == 0
-    assert (killed / json.loads(done[0])["name"]).stat().st_mtime_ns == written_at
-    assert sorted(p.relative_to(killed) for p in killed.rglob("*.distcp")) == files
-    for file in [*files, "iter_0000001/.metadata", "hugging_face/tensors.json"]:
-        assert (killed / file).read_bytes() == (straight / file).read_bytes(), file
-    assert not list(tmp_path.glob(".killed*"))
+CARRIED = ("tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja")
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
+
+
+def test_tokenizer_and_templates_go_along_both_ways(convert, checkpoints, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(checkpoints("qwen3"), folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "config.json").write_text("{}")
+    for name in (*CARRIED, TEMPLATE, "train.py"):
+        (folder / name).write_text(f'"{name}"')
+    assert convert("import", folder, tmp_path / "middle")[0] == 0
+    assert convert("export", tmp_path / "middle", tmp_path / "back")[0] == 0
+    assert different(folder, tmp_path / "back") == []
+    for name in (*CARRIED, TEMPLATE, "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    back = {
+        str(path.relative_to(tmp_path / "back"))
+        for path in (tmp_path / "back").rglob("*")
+        if path.is_file()
+    }
+    assert names - back == {"train.py", "checkpoint-5/config.json"}
+
+
+@pytest.mark.parametrize("place", ["some/model", "hf://some/model"])
+def test_a_hubs_id_is_downloaded_and_converted(place, ranks, checkpoints, tmp_path):
+    folder, middle = checkpoints("qwen3"), tmp_path / "middle"
+    commands = [
+        ["convert", "import", place, str(middle)],
+        ["convert", "export", str(middle), str(tmp_path / "back"), "--config", place],
+    ]
+    said, asked = ranks.run(convert_tasks.with_hub, None, folder, commands)[0]
+    assert [each[0] for each in said] == [0, 0]
+    assert {each[0] for each in asked} == {"some/model"}
+    assert not any(".bin" in pattern for each in asked for pattern in each[1])
+    assert different(folder, tmp_path / "back") == []

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatrain.cli.bench.job import BYTES, Job
+from megatrain.cli.bench.shapes import Shape
 from megatrain.cli.quickstart.child import report_failure
 from megatrain.errors import ConfigError
 
@@ -33,12 +34,36 @@ SHARD_BYTES = 2 << 30
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def make_checkpoint(job: Job) -> None:
+class Wanted(Protocol):
+    """What a benchmark's job says of its checkpoint."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where it will be."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """The model."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """A key of DTYPES."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the values."""
+        ...
+
+
+def make_checkpoint(job: Wanted, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the checkpoint unless it is there already; it appears whole or not at all.
 
     Raises ConfigError when the disk is too small for it.
     """
-    facts = fingerprint(job)
+    facts = fingerprint(job) | {"shard_bytes": shard_bytes}
     marker = job.checkpoint / MARKER
     if marker.is_file() and json.loads(marker.read_text())["made_from"] == facts:
         print(f"the checkpoint in {job.checkpoint} is of this shape already")
@@ -50,7 +75,8 @@ def make_checkpoint(job: Job) -> None:
     model = skeleton(job)
     shapes = tensor_shapes(model)
     _check_space(partial, shapes, entry_bytes=BYTES[job.dtype])
-    _write_shards(partial, shapes, dtype=DTYPES[job.dtype], seed=job.seed)
+    shards = list(_shards(shapes, shard_bytes // BYTES[job.dtype]))
+    _write_shards(partial, shapes, shards, dtype=DTYPES[job.dtype], seed=job.seed)
     model.config.save_pretrained(partial)
     config = model.config.to_dict()
     text = json.dumps({"made_from": facts, "config": config, "tensors": shapes}, default=str)
@@ -58,7 +84,7 @@ def make_checkpoint(job: Job) -> None:
     partial.rename(job.checkpoint)
 
 
-def fingerprint(job: Job) -> dict[str, Any]:
+def fingerprint(job: Wanted) -> dict[str, Any]:
     """Return all that the checkpoint depends on."""
     return {
         "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
@@ -70,7 +96,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def skeleton(job: Job) -> PreTrainedModel:
+def skeleton(job: Wanted) -> PreTrainedModel:
     """Return the model without weights."""
     config = getattr(transformers, job.shape.config_class)(**job.shape.fields)
     with torch.device("meta"):
@@ -116,11 +142,16 @@ def _check_space(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, entry_b
 
 
 def _write_shards(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, seed: int
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    shards: list[list[str]],
+    *,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     places: dict[str, str] = {}
     total = 0
-    for number, names in enumerate(_shards(shapes, entry_bytes=dtype.itemsize), start=1):
+    for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}.safetensors"
         tensors = {n: random_tensor(n, shapes[n], dtype=dtype, seed=seed) for n in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -131,12 +162,12 @@ def _write_shards(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], *, entry_bytes: int) -> Iterator[list[str]]:
+def _shards(shapes: Mapping[str, tuple[int, ...]], entries: int) -> Iterator[list[str]]:
     names: list[str] = []
     held = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * entry_bytes
-        if names and held + size > SHARD_BYTES:
+        size = math.prod(shape)
+        if names and held + size > entries:
             yield names
             names, held = [], 0
         names.append(name)

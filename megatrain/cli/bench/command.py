@@ -8,16 +8,16 @@ if they do not compute the same log-probabilities and loss.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from megatrain.cli.bench import tenants
+from megatrain.cli.bench.convert import command as convert
+from megatrain.cli.bench.make import make_checkpoint
+from megatrain.cli.bench.progress import Progress, check_file
 from megatrain.cli.bench.shapes import SHAPES
-from megatrain.errors import ConfigError
 
 AXES = ("tp", "pp", "cp", "ep", "dp")
 
@@ -25,9 +25,13 @@ AXES = ("tp", "pp", "cp", "ep", "dp")
 def add_parser(subparsers: Any) -> None:
     """Declare the command and its options."""
     bench = subparsers.add_parser(
-        "bench", help="how fast this is, beside Transformers + PEFT", description=__doc__
+        "bench",
+        help="how fast this is, beside Transformers + PEFT and Megatron-Bridge",
+        description="The same work here and elsewhere, on one machine in one run.",
     )
-    kinds = bench.add_subparsers(required=True, metavar="train")
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    convert.add_parser(kinds)
+    tenants.add_parser(kinds)
     parser = kinds.add_parser(
         "train", help="forward, backward and optimizer step of LoRA", description=__doc__
     )
@@ -66,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
     from megatrain.cli.bench.race import Race
     from megatrain.config.estimate.work import Work
 
-    _check_file(args.out)
+    check_file(args.out)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatrain-bench-")))
         job, say = make_job(args, folder), Progress()
         job_file = job.write()
         say(f"{job.shape_name}: making or finding the checkpoint in {job.checkpoint}")
-        _make_checkpoint(job, job_file)
+        make_checkpoint(job, job_file)
         found = json.loads((job.checkpoint / "bench.json").read_text())
         work = Work.of(found["tensors"], found["config"])
         outcome = Race(job, _systems(job, job_file, with_peer=not args.skip_peer), say).run()
@@ -111,17 +115,6 @@ def make_job(args: argparse.Namespace, folder: Path) -> Any:
     )
 
 
-class Progress:
-    """Says each phase on a line of standard error, with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        seconds = time.monotonic() - self._start
-        print(f"{seconds:6.1f} s  {text}", file=sys.stderr, flush=True)
-
-
 def _systems(job: Any, job_file: Path, *, with_peer: bool) -> dict[str, Any]:
     from megatrain.cli.bench.turns import System
     from megatrain.cli.quickstart.child import python_module, torchrun
@@ -137,22 +130,6 @@ def _systems(job: Any, job_file: Path, *, with_peer: bool) -> dict[str, Any]:
     command = python_module("megatrain.cli.bench.peer", argument)
     peer = System("peer", command, folder=job.folder, num_ranks=1, threads=job.threads)
     return {"ours": ours, "peer": peer}
-
-
-def _make_checkpoint(job: Any, job_file: Path) -> None:
-    from megatrain.cli.quickstart.child import ChildFailedError, first_failure, python_module
-
-    command = python_module("megatrain.cli.bench.checkpoint", str(job_file))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise first_failure(job.folder) or ChildFailedError(
-            f"the checkpoint could not be made\n{done.stderr[-3000:].rstrip()}"
-        )
-
-
-def _check_file(out: Path | None) -> None:
-    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-        raise ConfigError(f"--out must be a file in a directory that exists: {out}")
 
 
 def _num_cores() -> int:

@@ -150,26 +150,35 @@ def _cell(row: Row, column: str) -> str:
 
 def markdown(table: Sequence[Row]) -> str:
     """Return the table as Markdown."""
-    heads = list(COLUMNS.values())
-    lines = ["| " + " | ".join(heads) + " |", "|" + "|".join(["---", *["---:"] * 7]) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in table]
-    return "\n".join(lines)
+    return markdown_lines(list(COLUMNS.values()), [cells(row) for row in table])
+
+
+def markdown_lines(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return any table as Markdown."""
+    rule = "|".join(["---", *["---:"] * (len(heads) - 1)])
+    whole = ["| " + " | ".join(heads) + " |", f"|{rule}|"]
+    return "\n".join([*whole, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def show(table: Sequence[Row], notes: Sequence[str]) -> None:
     """Print the table and what must be known to read it."""
+    show_lines(list(COLUMNS.values()), [cells(row) for row in table], notes)
+
+
+def show_lines(heads: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """Print any table and its notes: ratios in bold on a terminal, else as Markdown."""
     if not sys.stdout.isatty():
-        print(markdown(table))
+        print(markdown_lines(heads, lines))
         print("\n" + "\n".join(f"- {note}" for note in notes))
         return
     from rich.console import Console
     from rich.table import Table
 
     shown = Table()
-    for index, head in enumerate(COLUMNS.values()):
+    for index, head in enumerate(heads):
         shown.add_column(head, justify="right" if index else "left")
-    for row in table:
-        shown.add_row(*cells(row), style="bold" if row.system == RATIO else None)
+    for line in lines:
+        shown.add_row(*line, style="bold" if line[0] == RATIO else None)
     console = Console()
     console.print(shown)
     for note in notes:
@@ -198,12 +207,21 @@ def notes(job: Job, outcome: Outcome, work: Work) -> list[str]:
             "experts: ours trains gate and up with a factor each, PEFT one fused factor of double "
             "rank, through a parametrisation that forms each expert's whole delta"
         )
-    if job.load_before > BUSY * machine["cores"]:
+    if shared := shared_note(job.load_before, machine["cores"]):
         lines.append(
-            f"the machine was shared: load average {job.load_before:.1f} before the run began, so "
-            "times are noisy, and a system that waits for threads suffers most" + cpu_ratio(outcome)
+            f"{shared}, and a system that waits for threads suffers most{cpu_ratio(outcome)}"
         )
     return lines + [_agreement_note(each) for each in outcome.agreement]
+
+
+def shared_note(load_before: float, cores: int) -> str | None:
+    """Return what a table says of a machine that others used too, None if nobody did."""
+    if load_before <= BUSY * cores:
+        return None
+    return (
+        f"the machine was shared: load average {load_before:.1f} before the run began, so times "
+        "are noisy"
+    )
 
 
 def cpu_ratio(outcome: Outcome) -> str:
@@ -262,10 +280,17 @@ def to_json(job: Job, outcome: Outcome, work: Work, table: Sequence[Row]) -> dic
 
 def hardware(outcome: Outcome) -> dict[str, Any]:
     """Describe the machine."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "device": outcome.started["ours"][0]["device"],
         "torch_threads": {k: v[0]["torch_threads"] for k, v in outcome.started.items()},
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe what any benchmark runs on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
         "cpu": cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",

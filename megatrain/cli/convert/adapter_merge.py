@@ -31,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; return 0."""
     from megatrain.checkpoint.remote import local_source, local_target
-    from megatrain.export.adapters.low_rank import BLOCK_BYTES
     from megatrain.export.adapters.merge import check_is_new, plan_merge
 
     with (
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             target=args.out,
             read_bytes=(2 if args.verify else 1) * job.num_bytes,
             written_bytes=job.num_bytes,
-            memory_bytes=job.largest_tensor + 3 * BLOCK_BYTES,
+            memory_bytes=job.memory_bytes,
             num_tensors=sum(map(len, job.shards.values())),
             details={
                 "changed": f"{len(job.deltas.of)} tensors",

@@ -71,8 +71,9 @@ def run_job(
         _write_report(args, {"plan": asdict(plan), "seconds_expected": expected})
         _show({**_rows(plan), "time": f"about {expected:.0f} s on this disk"})
         return 0
-    from megatrain.export.conversion.memory import PeakMemory
+    from megatrain.export.conversion.memory import PeakMemory, give_back_freed_tensors
 
+    give_back_freed_tensors()
     with Progress(plan.what, plan.read_bytes) as progress, PeakMemory() as memory:
         result = work(progress)
     seconds = time.perf_counter() - start

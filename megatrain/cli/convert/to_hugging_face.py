@@ -54,15 +54,17 @@ def _run(args: argparse.Namespace, source: Path, target: Path) -> int:
 
     prepare(choose_platform("cpu"))  # before anything imports Megatron
     job = _job(args, source)
-    total = sum(each.spec.num_bytes for each in job.originals.values())
-    largest = max(each.spec.num_bytes for each in job.originals.values())
+    from megatrain.export.conversion.memory import needed_memory
+
+    specs = {name: each.spec for name, each in job.originals.items()}
+    total = sum(spec.num_bytes for spec in specs.values())
     plan = Plan(
         what="export",
         source=args.source,
         target=args.target,
         read_bytes=total,
         written_bytes=total,
-        memory_bytes=2 * largest,
+        memory_bytes=needed_memory(specs),
         num_tensors=len(job.originals),
         details={"dtype": args.dtype or "as stored"},
     )

@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from megatrain.checkpoint.remote import local_source, local_target
 
     check_workers(args)
-    with local_source(args.source) as source, local_target(args.target) as target:
+    with (
+        local_source(args.source, allow_pickle=args.allow_pickle) as source,
+        local_target(args.target) as target,
+    ):
         return _run(args, source, target)
 
 
@@ -48,20 +51,21 @@ def _run(args: argparse.Namespace, source: Path, target: Path) -> int:
 
     prepare(choose_platform("cpu"))  # before anything imports Megatron
     from megatrain.export.conversion.carried import originals_of
+    from megatrain.export.conversion.memory import needed_memory
     from megatrain.export.conversion.to_megatron import ToMegatron
 
     cast = None if args.dtype is None else getattr(torch, SIZES[args.dtype])
     job = ToMegatron(source, mesh_of(args), cast, parse_bytes(args.file_size), args.allow_pickle)
     checkpoint = job.open()
-    specs = [each.spec for each in originals_of(checkpoint).values()]
-    read = sum(spec.num_bytes for spec in specs)
+    specs = {name: each.spec for name, each in originals_of(checkpoint).items()}
+    read = sum(spec.num_bytes for spec in specs.values())
     plan = Plan(
         what="import",
         source=args.source,
         target=args.target,
         read_bytes=read,
-        written_bytes=sum(_written(spec, cast) for spec in specs),
-        memory_bytes=2 * max(spec.num_bytes for spec in specs),
+        written_bytes=sum(_written(spec, cast) for spec in specs.values()),
+        memory_bytes=needed_memory(specs, is_quantized=checkpoint.is_quantized),
         num_tensors=len(specs),
         details={"layout": job.mesh.describe(), "dtype": args.dtype or "as stored"},
     )

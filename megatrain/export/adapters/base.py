@@ -2,6 +2,9 @@
 
 import functools
 import json
+import re
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +15,13 @@ import torch
 from megatrain.checkpoint.open import open_checkpoint
 from megatrain.checkpoint.quantized import QuantizedFolder, plain_tensors
 from megatrain.checkpoint.safetensors_file import TensorSpec
-from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
+from megatrain.checkpoint.safetensors_folder import INDEX, SafetensorsFolder
 from megatrain.errors import ExportError
+from megatrain.export.checkpoint import CARRIED
 
 QUANTIZED = "quantization_config"
+TEMPLATES = "additional_chat_templates"
+"""Transformers' sub-folder for templates beside the default one."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,21 @@ class Base:
 
         The dtype is the stored one, or what config.json names where the tensor is dequantised.
         """
-        dtype = self.plain.dtype(name)
-        if name not in self.stored or self.stored.dtype(name) != dtype:
-            dtype = self._dtype()
+        dtype = self._dtype() if self.is_dequantised(name) else self.plain.dtype(name)
         return TensorSpec(dtype, self.plain.shape(name))
+
+    def is_dequantised(self, name: str) -> bool:
+        """Tell whether a plain tensor is computed from others while it is read."""
+        return name not in self.stored or self.stored.dtype(name) != self.plain.dtype(name)
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By `kind_of` a tensor's name: the dtype that holds all tensors of that kind."""
+        found: dict[str, torch.dtype] = {}
+        for name in self.plain:
+            dtype, kind = self.spec(name).dtype, kind_of(name)
+            found[kind] = torch.promote_types(dtype, found.get(kind, dtype))
+        return found
 
     def file_of(self, name: str) -> str:
         """Return the file that holds a tensor, or what it is dequantised from."""
@@ -65,6 +82,11 @@ class Base:
         return dtype
 
 
+def kind_of(name: str) -> str:
+    """Return a tensor's name without the numbers of layer and expert."""
+    return re.sub(r"\d+", "*", name)
+
+
 def open_base(folder: Path, *, allow_pickle: bool = False) -> Base:
     """Open a checkpoint; only headers are read.
 
@@ -79,6 +101,17 @@ def open_base(folder: Path, *, allow_pickle: bool = False) -> Base:
         found = text.pop(QUANTIZED, None) or found
     plain = plain_tensors(SimpleNamespace(quantization_config=found), stored)
     return Base(folder, config, found is not None, stored, plain)
+
+
+def copy_carried(source: Path, target: Path, *, without: Collection[str] = (INDEX,)) -> None:
+    """Copy configuration, tokenizer and chat templates; not weights, and no index of them."""
+    files = [path for path in source.iterdir() if path.suffix in CARRIED]
+    files += (source / TEMPLATES).glob("*.jinja")
+    for path in sorted(files):
+        if path.is_file() and path.name not in without:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Deltas:
         found.append(delta)
 
 
+GRID = 128
+"""Rows that quantised formats have one scale for, or a multiple: none is read twice."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What a tensor must be stored in to be added to."""
 
@@ -71,14 +73,14 @@ def check_fits(deltas: Deltas, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def merged(source: Any, shape: tuple[int, ...], dtype: torch.dtype, deltas: list[Delta]) -> Tensor:
-    """Return a tensor with everything added, rounded once.
+    """Return a tensor with everything added, if there is anything, rounded once.
 
     `source` is the tensor, or a lazy view of it that reads what is indexed: beside the result, no
     more than a block is in memory.
     """
     result = torch.empty(shape, dtype=dtype)
     if len(shape) == 2:
-        _fill(result, source, (), deltas[0])
+        _fill(result, source, (), deltas[0] if deltas else None)
         return result
     of = {delta.expert: delta for delta in deltas}
     for expert in range(shape[0]):
@@ -91,6 +93,8 @@ def _fill(into: Tensor, source: Any, before: tuple[slice, ...], delta: Delta | N
     if delta is not None:
         a, b = delta.a.float(), delta.b.float()
     rows = max(1, BLOCK_BYTES // (4 * into.shape[1]))
+    if rows > GRID:
+        rows -= rows % GRID
     for start in range(0, into.shape[0], rows):
         block = slice(start, min(start + rows, into.shape[0]))
         weight = source[(*before, block)].reshape(-1, into.shape[1])

@@ -1,7 +1,7 @@
 """A base checkpoint with an adapter added: streamed, shard by shard as the base has them.
 
-No more than one tensor is in memory.  Embedding and head that are tied in the base are written
-apart if one of them is adapted: PEFT adapts the one without the other, too.
+No more than one tensor is in memory, and blocks of float32.  Embedding and head that are tied in
+the base are written apart if one of them is adapted: PEFT adapts the one without the other, too.
 """
 
 import copy
@@ -21,15 +21,23 @@ from megatrain.checkpoint.open import open_checkpoint
 from megatrain.checkpoint.safetensors_file import TensorSpec, write_tensors
 from megatrain.checkpoint.safetensors_folder import INDEX, SafetensorsFolder
 from megatrain.errors import ExportError, MegatrainError
-from megatrain.export.adapters.base import Base, open_base
+from megatrain.export.adapters.base import Base, copy_carried, open_base
 from megatrain.export.adapters.delta import FLOATS, Deltas, merged
 from megatrain.export.adapters.deltas_of import EMBEDDING, HEAD, deltas_of
+from megatrain.export.adapters.low_rank import BLOCK_BYTES
 from megatrain.export.adapters.peft_file import BASE_WEIGHT, PeftFile, read_peft
-from megatrain.export.checkpoint import CARRIED
 from megatrain.export.peft_adapter import CONFIG, WEIGHTS, same_bytes
-from megatrain.export.resumable import Journal, ResumableFolder, check_space, checksum
+from megatrain.export.resumable import (
+    Journal,
+    ResumableFolder,
+    check_space,
+    checksum,
+    explained,
+)
 
 TIE = "tie_word_embeddings"
+BLOCKS = {False: 4, True: 8}
+"""In memory beside a tensor: weights, product and sum; of a quantised base what they come from."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,16 @@ class Merge:
         """Bytes of the largest tensor, which is what must fit into memory."""
         return max(spec.num_bytes for specs in self.shards.values() for spec in specs.values())
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that a process needs: the largest tensor, and what its blocks are computed in."""
+        return self.largest_tensor + BLOCKS[self.base.is_quantized] * BLOCK_BYTES
+
     def value(self, name: str) -> Tensor:
         """Return a tensor as it will be written."""
         stored = self.sources.get(name, name)
-        plain, spec = self.base.plain, self.base.spec(stored)
-        if deltas := self.deltas.of.get(name):
+        plain, spec, deltas = self.base.plain, self.base.spec(stored), self.deltas.of.get(name, [])
+        if deltas or (self.base.is_dequantised(stored) and len(spec.shape) in (2, 3)):
             return merged(plain.slice(stored), spec.shape, spec.dtype, deltas)
         return plain[stored].to(spec.dtype)
 
@@ -113,7 +126,7 @@ def merge(
     folder = ResumableFolder(out, _identity(plan), may_replace=_is_empty, restart=restart)
     # What an earlier run left is gone on with, or makes room.
     check_space(out, plan.num_bytes - _bytes_in(folder.folder))
-    with folder:
+    with explained(folder.folder), folder:
         journal = Journal(folder.folder)
         kept = len(journal.done)
         for name, specs in plan.shards.items():
@@ -195,9 +208,7 @@ def _write(
 def _write_rest(folder: Path, plan: Merge) -> None:
     """Copy configuration and tokenizer, write the index: with the head, where it is new."""
     base, config = plan.base.folder, copy.deepcopy(plan.base.config)
-    for path in base.iterdir():
-        if path.suffix in CARRIED and path.name != INDEX:
-            shutil.copyfile(path, folder / path.name)
+    copy_carried(base, folder)
     if plan.untied:
         config[TIE] = False
         if TIE in config.get("text_config", {}):

@@ -2,14 +2,17 @@
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatrain.checkpoint.torch_dist_metadata import find_checkpoint, read_metadata
-from megatrain.errors import CheckpointError
+from megatrain.errors import CheckpointError, LayoutError
 from megatrain.export.compare.describe import Description, TensorLine
-from megatrain.export.compare.place import Place
+from megatrain.export.compare.place import Place, read_json
+from megatrain.export.conversion.carried import CONVERSION, FOLDER
+from megatrain.parallel.layout import DeviceMesh
 
 
 def describe_torch_dist(place: Place) -> Description:
@@ -27,7 +30,8 @@ def describe_torch_dist(place: Place) -> Description:
     is_model = [line for line in lines if not line.name.startswith(("optimizer.", "chained_"))]
     facts: dict[str, Any] = {
         "iteration": folder.name if folder != place.path else None,
-        "layout": f"tensors in up to {max(cut, default=0)} piece(s)",
+        "layout": _layout(place.path if folder == place.path else folder.parent),
+        "pieces": f"up to {max(cut, default=0)} a tensor",
         "parameters": sum(math.prod(line.shape) for line in is_model),
         "optimizer tensors": len(lines) - len(is_model),
         "objects": sum(
@@ -37,6 +41,18 @@ def describe_torch_dist(place: Place) -> Description:
         "bytes": sum(path.stat().st_size for path in files),
     }
     return Description("Megatron checkpoint (torch_dist)", str(place.path), facts, lines)
+
+
+def _layout(folder: Path) -> str | None:
+    """Return the layout that an import here was cut for; None for anybody else's checkpoint."""
+    for place in (folder, folder.parent):  # the folder of iterations, or of one of them
+        path = place / FOLDER / CONVERSION
+        if path.is_file():
+            try:
+                return DeviceMesh(**read_json(path)["layout"]).describe()
+            except (KeyError, TypeError, LayoutError) as error:
+                raise CheckpointError(f"cut short or altered: {path}: {error!r}") from error
+    return None
 
 
 def _num_chunks(entry: Any) -> int:

@@ -64,7 +64,10 @@ def _unknown(path: Path, names: Sequence[str]) -> CheckpointError:
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     hint = f"looked for: {'; '.join(LOOKED_FOR)}"
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        hint = "pickled weights are not read; convert them with save_pretrained of Transformers"
+        hint = (
+            "pickled weights are not read; `megatrain convert import --allow-pickle`, then "
+            "`megatrain convert export` make safetensors of pytorch_model*.bin"
+        )
     return CheckpointError(f"nothing known at {path}; it holds {shown or 'nothing'}", hint=hint)
 
 

@@ -6,7 +6,6 @@ dtype, shape and file as they were, so that an export gives back what was import
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ import torch
 from megatrain.checkpoint.safetensors_file import NAMES, TensorSpec
 from megatrain.checkpoint.safetensors_folder import INDEX
 from megatrain.errors import CheckpointError
-from megatrain.export.adapters.base import Base
-from megatrain.export.checkpoint import CARRIED
+from megatrain.export.adapters.base import Base, copy_carried
 
 FOLDER, TENSORS, CONVERSION = "hugging_face", "tensors.json", "conversion.json"
 LEFT_OUT = "left_out.safetensors"
@@ -62,15 +60,9 @@ def _safetensors(file: str) -> str:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and template; not weights, and no index of them."""
+    """Copy configuration, tokenizer and templates; not weights, nor lists of them."""
     target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if (
-            path.suffix in CARRIED
-            and path.name not in (INDEX, TENSORS, CONVERSION)
-            and path.is_file()
-        ):
-            shutil.copyfile(path, target / path.name)
+    copy_carried(source, target, without=(INDEX, TENSORS, CONVERSION))
 
 
 def write_originals(folder: Path, originals: Originals) -> None:

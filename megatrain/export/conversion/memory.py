@@ -1,15 +1,41 @@
-"""How much memory this process holds that is not a mapped file, and that it gives back."""
+"""How much memory a conversion will need, and how much this process holds beside mapped files."""
 
 import ctypes
+import math
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Self
 
 import psutil
 
+from megatrain.checkpoint.safetensors_file import TensorSpec
+
 _M_MMAP_THRESHOLD = -3
 SAMPLE_S = 0.02
 """Between two looks at the memory, which cost about 30 microseconds each."""
+
+BESIDE_TENSORS = 8_000_000
+"""Bytes: names, journals, and blocks of files whose checksums are formed."""
+FUSED, DEQUANTISED = 3, 6
+"""In layers' matrices: gate and up in one parameter with a copy of one half of it; what the float32
+values of a quantised one are computed in."""
+
+
+def needed_memory(specs: Mapping[str, TensorSpec], *, is_quantized: bool = False) -> int:
+    """Return the bytes that an import or export of these tensors needs, in one process.
+
+    That is the largest tensor, or the largest that Megatron makes of several.
+    """
+    largest = max(spec.num_bytes for spec in specs.values())
+    matrices = [_matrix_bytes(spec) for name, spec in specs.items() if ".layers." in name]
+    times = FUSED + DEQUANTISED * is_quantized
+    return max(largest, times * max(matrices, default=0)) + BESIDE_TENSORS
+
+
+def _matrix_bytes(spec: TensorSpec) -> int:
+    """Return the bytes of a matrix, of one expert in a tensor of all of them."""
+    return math.prod(spec.shape[-2:]) * spec.dtype.itemsize
 
 
 def anonymous_memory() -> int:

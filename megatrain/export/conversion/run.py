@@ -6,7 +6,6 @@ from typing import Any
 
 from megatrain.errors import ExportError
 from megatrain.export.conversion import to_hugging_face, to_megatron
-from megatrain.export.conversion.memory import give_back_freed_tensors
 from megatrain.export.conversion.request import Job, to_json
 from megatrain.export.conversion.to_megatron import ToMegatron
 from megatrain.export.conversion.verify import verify_export, verify_import
@@ -30,7 +29,6 @@ def convert(
     Raises ExportError or CheckpointError; then there is no `target`, and the same call goes on
     where this one stopped.
     """
-    give_back_freed_tensors()
     place = ResumableFolder(target, _identity(job), may_replace=_is_empty, restart=restart)
     # What an earlier run left is gone on with, or makes room.
     written = sum(path.stat().st_size for path in place.folder.rglob("*") if path.is_file())
@@ -38,7 +36,7 @@ def convert(
     with explained(place.folder), place:
         result = run_job_on(job, place.folder, workers, progress)
         planned = result.pop("files")
-        if lacking := sorted(set(planned) - Journal(place.folder).done.keys()):
+        if lacking := sorted(set(planned) - Journal(place.folder, trusted=True).done.keys()):
             raise ExportError(
                 f"{len(lacking)} file(s) were not written: {', '.join(lacking[:5])}",
                 hint="run the same command again: it goes on where it stopped",

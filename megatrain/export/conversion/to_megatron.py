@@ -20,7 +20,7 @@ from torch import Tensor
 from megatrain.checkpoint.load import check_claimed, load_parameter
 from megatrain.checkpoint.safetensors_file import write_tensors
 from megatrain.checkpoint.torch_dist_write import Blob, Piece, cut, write_metadata, write_pieces
-from megatrain.export.adapters.base import Base, open_base
+from megatrain.export.adapters.base import Base, kind_of, open_base
 from megatrain.export.conversion.carried import (
     CONVERSION,
     FOLDER,
@@ -113,9 +113,12 @@ class ToMegatron:
             yield unit
 
     def dtype(self, part: Outline, stored: StoredParameter, checkpoint: Base) -> torch.dtype:
-        """Return the dtype in which a parameter is written: the one that holds all its parts."""
+        """Return the dtype in which a parameter is written: the one that holds all its parts.
+
+        Those of every layer: Megatron's checkpoint has one tensor of all layers, and one dtype.
+        """
         names = [n for n in part.table.hf_names(stored.parameter) if n in checkpoint.plain]
-        dtypes = [checkpoint.spec(name).dtype for name in names] or [torch.float32]
+        dtypes = [checkpoint.dtypes[kind_of(name)] for name in names] or [torch.float32]
         dtype = reduce(torch.promote_types, dtypes)
         return self.cast if self.cast is not None and dtype.is_floating_point else dtype
 
@@ -189,7 +192,7 @@ def _extras(part: Outline, rank: int) -> list[Blob]:
 
 def finish(folder: Path, job: ToMegatron) -> None:
     """Write what needs all files: `.metadata`, Bridge's configuration, what is carried along."""
-    done = Journal(folder).done
+    done = Journal(folder, trusted=True).done
     iteration = folder / ITERATION
     records = [
         (Path(name).name, record) for name, entry in done.items() for record in entry["pieces"]

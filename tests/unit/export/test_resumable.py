@@ -1,6 +1,7 @@
 """A folder that is written file by file: interruptions, a full disk, two writers at once."""
 
 import json
+import os
 
 import pytest
 import xxhash
@@ -103,10 +104,10 @@ def test_a_disk_that_fills_up_is_named_and_what_is_whole_stays(tmp_path):
     with ResumableFolder(tmp_path / "out", {}, may_replace=never) as place:
         journal = Journal(place.folder)
         journal.write("a", text("one"))
-        (place.folder / "b.part").symlink_to("/dev/full")
+        (place.folder / f"b.{os.getpid()}.part").symlink_to("/dev/full")
         with pytest.raises(ExportError, match="the disk is full"):
             journal.write("b", text("two " * 10_000))
-        (place.folder / "b.part").unlink()
+        assert sorted(path.name for path in place.folder.glob("[!.]*")) == ["a"]
         assert set(Journal(place.folder).done) == {"a"}
         journal.write("b", text("two"))
         place.finish(journal.done)
@@ -114,7 +115,7 @@ def test_a_disk_that_fills_up_is_named_and_what_is_whole_stays(tmp_path):
 
 
 def test_a_disk_that_is_too_full_is_told_before_anything_is_written(tmp_path):
-    with pytest.raises(ExportError, match=r"1000000000\.00 GB needed"):
+    with pytest.raises(ExportError, match=r"1,000,000,000,000\.0 MB needed, [\d,.]+ MB free"):
         check_space(tmp_path / "not" / "there", 10**18)
     check_space(tmp_path, 1)
 
@@ -126,3 +127,23 @@ def test_a_file_that_nobody_wrote_keeps_the_folder_back(tmp_path):
     ):
         place.finish(["a"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nobody_else_writes_into_it(
+    tmp_path,
+):
+    def make(path):
+        assert path.name not in ("a.part", "a.1.part")
+        return text("one")(path)
+
+    with ResumableFolder(tmp_path / "out", {}, may_replace=never) as place:
+        (place.folder / "deep").mkdir()
+        for left in (place.folder / "a.1.part", place.folder / "deep" / "b.1.part"):
+            left.write_text("half")
+    with ResumableFolder(tmp_path / "out", {}, may_replace=never) as place:
+        assert not list(place.folder.rglob("*.part"))
+        (place.folder / "a.1.part").write_text("of one that is still there")
+        Journal(place.folder).write("a", make)
+        place.finish(["a"])
+    assert (tmp_path / "out" / "a").read_text() == "one"
+    assert not list((tmp_path / "out").rglob("*.part"))

@@ -103,6 +103,14 @@ def test_a_megatron_checkpoint_is_described(tmp_path, said):
     assert (found["iteration"], found["parameters"], found["objects"]) == ("iter_0000007", 12, 1)
     assert found["dtypes"]["bfloat16"] == {"tensors": 1, "bytes": 24}
     assert said(folder)["iteration"] is None
+    assert (found["layout"], found["pieces"]) == (None, "up to 1 a tensor")
+    (tmp_path / "hugging_face").mkdir()
+    conversion = tmp_path / "hugging_face" / "conversion.json"
+    conversion.write_text(json.dumps({"layout": {"tp": 2, "pp": 4}, "files": {}}))
+    assert said(tmp_path)["layout"] == said(folder)["layout"] == "tp2·pp4"
+    conversion.write_text("{}")
+    with pytest.raises(CheckpointError, match="cut short or altered"):
+        said(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "arrow"])

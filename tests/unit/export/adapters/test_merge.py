@@ -317,17 +317,43 @@ def test_a_quantised_base_is_dequantised_and_says_so_no_more(kind, checkpoints, 
     logits(base_model(tmp_path / "out"))
 
 
-@pytest.mark.slow
-def test_a_merge_needs_little_more_memory_than_its_largest_tensor(checkpoints, tmp_path):
-    """Bound: 1.5 times the largest shard; here each of the two large tensors has its own."""
+def wide_base(kind, checkpoints, tmp_path):
+    """Return a base of large tensors, the same one plain, and LoRA's options."""
+    if kind == "mxfp4":
+        sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 96}
+        folder = checkpoints(
+            "gpt_oss", num_hidden_layers=1, layer_types=["full_attention"], **sizes
+        )
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        options = {"target_modules": ["q_proj"], "target_parameters": experts}
+        return quantized_files.mxfp4(folder, tmp_path / "base"), folder, options
     wide = {"vocab_size": 100_000, "hidden_size": 512, "num_hidden_layers": 1}
-    folder = base_model(checkpoints("qwen3", **wide))
-    folder.save_pretrained(tmp_path / "base", max_shard_size="150MB")
-    peft_adapter(tmp_path / "base", tmp_path / "peft", {"target_modules": ["q_proj", "lm_head"]})
-    places = [str(tmp_path / name) for name in ("base", "peft", "out")]
+    base_model(checkpoints("qwen3", **wide)).save_pretrained(
+        tmp_path / "base", max_shard_size="150MB"
+    )
+    return tmp_path / "base", tmp_path / "base", {"target_modules": ["q_proj", "lm_head"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", ["all", "q_proj"])
+@pytest.mark.parametrize("kind", ["plain", "mxfp4"])
+def test_a_merge_needs_little_more_memory_than_its_largest_tensor(
+    kind, adapted, checkpoints, tmp_path
+):
+    """Bound: 1.5 times the largest shard or tensor, and no more than the plan says."""
+    base, plain, options = wide_base(kind, checkpoints, tmp_path)
+    if adapted == "q_proj":
+        options = {"target_modules": ["q_proj"]}
+    peft_adapter(plain, tmp_path / "peft", options)
+    places = [str(base), *(str(tmp_path / name) for name in ("peft", "out"))]
     report = tmp_path / "report.json"
     command = ["-m", "megatrain", "convert", "adapter", "merge", *places, "--report", str(report)]
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    largest = max(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
-    assert largest > 200e6
-    assert json.loads(report.read_text())["peak_memory_growth"] <= 1.5 * largest
+    largest = max(
+        *(path.stat().st_size for path in base.glob("*.safetensors")),
+        *(tensor.nbytes for tensor in tensors_in(tmp_path / "out").values()),
+    )
+    assert largest > 100e6
+    found = json.loads(report.read_text())
+    assert found["peak_memory_growth"] <= 1.5 * largest
+    assert found["peak_memory_growth"] <= found["plan"]["memory_bytes"]
