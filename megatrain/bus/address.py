@@ -24,8 +24,8 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> "Address":
         """Return the address.  Raises ConfigError."""
-        if text.startswith("unix:"):
-            return cls(path=text.removeprefix("unix:").removeprefix("//"))
+        if path := text.startswith("unix:") and text.removeprefix("unix:").removeprefix("//"):
+            return cls(path=path)
         host, _, port = text.removeprefix("tcp://").rpartition(":")
         if text.startswith("tcp://") and host and port.isdigit() and int(port) < 1 << 16:
             return cls(host=host.strip("[]"), port=int(port))
@@ -104,5 +104,11 @@ def server_context(config: BusConfig) -> ssl.SSLContext | None:
     if config.private_key is None:
         raise ConfigError("a worker with a certificate needs its private key")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(config.certificate, config.private_key)
+    try:
+        context.load_cert_chain(config.certificate, config.private_key)
+    except OSError as error:  # SSLError too
+        raise ConfigError(
+            f"the certificate {config.certificate} and the key {config.private_key} cannot be "
+            f"used: {error}"
+        ) from error
     return context

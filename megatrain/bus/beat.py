@@ -27,6 +27,8 @@ class Beat:
     deadline_s: float = 0.0
     failed: bool = False
     """It raised an error and waits for the others to say so too."""
+    error: str = ""
+    """That error."""
     stack: str = ""
     """Python's stack of its threads, once the deadline is over."""
     resident_bytes: int = 0

@@ -7,6 +7,7 @@ arrays, RawTensor, and the dataclasses that are registered here.
 """
 
 import dataclasses
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from megatrain.types import AdapterBatch, StepOutput
 _ARRAY, _RAW, _RECORD = 1, 2, 3
 """Kinds of msgpack's extension types."""
 _SIZE = struct.Struct("<I")
+_DEEPEST = 32
+"""Extensions in extensions: each costs msgpack 40 KiB of the C stack."""
 _KINDS = "biuf"
 """numpy's letters of dtypes that may travel: bool, signed, unsigned, float."""
 
@@ -67,25 +70,36 @@ def encode(value: Any) -> bytes:
 
     Raises ConfigError, naming the place in the value, for something that cannot travel.
     """
-    buffers: list[memoryview] = []
-
-    def pack(item: Any) -> bytes:
-        packed: bytes = msgpack.packb(item, default=extend, strict_types=True)
-        return packed
-
-    def extend(item: Any) -> Any:
-        return _extend(item, buffers, pack)
-
+    writer = _Writer()
     try:
-        head = pack(value)
+        head = writer.pack(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         place, culprit = _culprit(value, "")
         raise ConfigError(
-            f"{place or 'the value'} cannot be sent to ranks: {culprit!r} ({error})",
+            f"{place or 'the value'} cannot be sent to ranks: {reprlib.repr(culprit)} ({error})",
             hint="send numbers, texts, lists, dicts and arrays; a class or function of a module is "
             "named as 'module:name'",
         ) from error
-    return b"".join([_SIZE.pack(len(head)), head, *buffers])
+    return b"".join([_SIZE.pack(len(head)), head, *writer.buffers])
+
+
+class _Writer:
+    """Packs a head, and collects the arrays that go behind it."""
+
+    def __init__(self) -> None:
+        self.buffers: list[memoryview] = []
+        self._depth = 0
+
+    def pack(self, item: Any) -> bytes:
+        if self._depth > _DEEPEST:
+            raise ValueError("too deep")
+        self._depth += 1
+        packed: bytes = msgpack.packb(item, default=self._extend, strict_types=True)
+        self._depth -= 1
+        return packed
+
+    def _extend(self, item: Any) -> Any:
+        return _extend(item, self.buffers, self.pack)
 
 
 def _extend(item: Any, buffers: list[memoryview], pack: Any) -> Any:
@@ -102,7 +116,7 @@ def _extend(item: Any, buffers: list[memoryview], pack: Any) -> Any:
         return item.item()
     if isinstance(item, PurePath):
         return str(item)
-    if isinstance(item, Mapping):
+    if isinstance(item, Mapping) and type(item) is not dict:
         return dict(item)
     array = _array(item)
     buffers.append(memoryview(array).cast("B") if array.size else memoryview(b""))
@@ -124,33 +138,31 @@ def _array(item: Any) -> Any:
 
 
 def _culprit(value: Any, place: str) -> tuple[str, Any]:
-    """Return the first part of a value that cannot be packed, and where it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        items = [(f"{place}.{key}".lstrip("."), part) for key, part in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(f"{place}[{index}]", part) for index, part in enumerate(value)]
-    else:
-        return place, value
-    for where, part in items:
-        try:
-            encode_part(part)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            return _culprit(part, where)
+    """Return the innermost part of a value that cannot be packed, and where it is."""
+    for _ in range(_DEEPEST):
+        found = next(((w, p) for w, p in _parts(value, place) if not _is_packable(p)), None)
+        if found is None:
+            break
+        place, value = found
     return place, value
 
 
-def encode_part(value: Any) -> None:
-    """Raise TypeError, ValueError or OverflowError for a value that cannot travel."""
-    buffers: list[memoryview] = []
+def _parts(value: Any, place: str) -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return [(f"{place}.{key}".lstrip("."), part) for key, part in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"{place}[{index}]", part) for index, part in enumerate(value)]
+    return []
 
-    def pack(item: Any) -> Any:
-        return msgpack.packb(
-            item, default=lambda each: _extend(each, buffers, pack), strict_types=True
-        )
 
-    pack(value)
+def _is_packable(value: Any) -> bool:
+    try:
+        _Writer().pack(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+    return True
 
 
 def decode(data: bytes | memoryview) -> Any:
@@ -177,10 +189,15 @@ class _Buffers:
     """The raw bytes behind a head, taken in order."""
 
     def __init__(self, view: memoryview) -> None:
-        self._view, self._place = view, 0
+        self._view, self._place, self._depth = view, 0, 0
 
     def unpack(self, head: Any) -> Any:
-        return msgpack.unpackb(head, ext_hook=self._read, strict_map_key=False, raw=False)
+        if self._depth > _DEEPEST:
+            raise ValueError("too deep")
+        self._depth += 1
+        value = msgpack.unpackb(head, ext_hook=self._read, strict_map_key=False, raw=False)
+        self._depth -= 1
+        return value
 
     def _read(self, kind: int, data: bytes) -> Any:
         if kind == _RECORD:

@@ -10,7 +10,6 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Self
 
@@ -22,15 +21,8 @@ from megatrain.bus.frames import Kind
 from megatrain.bus.history import History
 from megatrain.bus.jobs import SEQ, Job
 from megatrain.bus.link import Link, reach
-from megatrain.bus.pending import (
-    Answer,
-    CommandFuture,
-    Finish,
-    Pending,
-    reply_event,
-    resolve,
-    value_alone,
-)
+from megatrain.bus.outstanding import Outstanding
+from megatrain.bus.pending import Answer, CommandFuture, Finish, Pending, value_alone
 from megatrain.bus.ranks import Ranks, RanksAt
 from megatrain.bus.supervisor import Supervisor
 from megatrain.bus.telemetry.telemetry import Telemetry
@@ -38,6 +30,7 @@ from megatrain.config.bus import BusConfig
 from megatrain.errors import (
     BusError,
     CancelledCommandError,
+    ConfigError,
     MegatrainError,
     RankError,
 )
@@ -45,6 +38,7 @@ from megatrain.parallel.layout import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
+FOREVER_S = 1e9
 STOP_S = 15.0
 """Seconds that ranks get to stop in an orderly way."""
 
@@ -74,9 +68,7 @@ class Driver:
         """Held while a command is numbered and sent, so that numbers arrive in order."""
         self.observers = Observers()
         self.last_seq = self.history.last_seq
-        self._pending: dict[int, Pending] = {}
-        self._replayed: set[int] = set()
-        """Commands that ranks which started anew were told again, and have not answered."""
+        self.outstanding = Outstanding(self.history, self.observers, self.state, self.give_up)
         self._soon: collections.deque[Command] = collections.deque()
         self._broken: MegatrainError | None = None
         self._closing = False
@@ -95,6 +87,8 @@ class Driver:
             self._take_up_undone()
             self._tell_again(self.link)
         except BaseException:
+            if hasattr(self, "link"):
+                self.link.close()
             self.telemetry.close()
             self.history.close()
             ranks.close()
@@ -131,7 +125,7 @@ class Driver:
     @property
     def num_pending(self) -> int:
         """Commands that were accepted and not answered."""
-        return len(self._pending)
+        return len(self.outstanding.pending)
 
     @property
     def is_over(self) -> bool:
@@ -151,6 +145,8 @@ class Driver:
         `max_queued` commands wait.  Raises ConfigError for what cannot travel and BusError if the
         command cannot be noted or the driver has given up; then it is not done.
         """
+        if deadline_s is not None and not 0 < deadline_s < FOREVER_S:
+            raise ConfigError(f"a timeout must be in (0, {FOREVER_S:g}) seconds: {deadline_s}")
         payload = encode(command)
         if len(payload) + 64 > self.config.max_message_bytes:
             raise BusError(
@@ -169,7 +165,7 @@ class Driver:
                     return self.accept(command, payload, deadline_s, finish)
 
     def _has_room(self) -> bool:
-        return len(self._pending) < self.config.max_queued or self.is_over
+        return len(self.outstanding.pending) < self.config.max_queued or self.is_over
 
     def accept(
         self,
@@ -182,13 +178,15 @@ class Driver:
         payload = encode(command) if payload is None else payload
         name = type(command).__name__
         with self.state:
+            if not isinstance(command, Stop | RestoreSnapshot):  # which end it
+                self._check_open()
             seq, limit = self.last_seq + 1, deadline_s or command.deadline_s
             if is_redone(command):
                 self.history.accept(seq, payload, limit)
             self.last_seq = seq
             future = CommandFuture(lambda: self._cancel(seq))
             pending = Pending(seq, name, payload, limit, future, finish or value_alone)
-            self._pending[seq] = pending
+            self.outstanding.pending[seq] = pending
         self.observers.tell(Event("accepted", seq, name, num_bytes=len(payload)))
         self._send(pending)
         return future
@@ -225,7 +223,7 @@ class Driver:
     def _send(self, pending: Pending) -> None:
         """Send a command; if the connection is lost, the supervisor sends it again."""
         with self.state:
-            acknowledged = min(self._pending, default=self.last_seq + 1) - 1
+            acknowledged = min(self.outstanding.pending, default=self.last_seq + 1) - 1
         job = Job(pending.seq, pending.deadline_s, pending.payload, acknowledged)
         try:
             self.link.send(Kind.COMMAND, job.pack())
@@ -234,7 +232,7 @@ class Driver:
 
     def _cancel(self, seq: int) -> bool:
         with self.state:
-            pending = self._pending.get(seq)
+            pending = self.outstanding.pending.get(seq)
             if pending is None:
                 return False
             answer = pending.answer = pending.answer or Answer()
@@ -244,33 +242,6 @@ class Driver:
             return False
         return answer.wait()
 
-    def _on_cancelled(self, seq: int, in_time: bool) -> None:
-        with self.state:
-            pending = self._pending.get(seq)
-            if pending is None or pending.answer is None:
-                return
-            if in_time:
-                self.history.drop(seq)
-                del self._pending[seq]
-                self.state.notify_all()
-        if in_time and isinstance(pending.future, CommandFuture):
-            pending.future.cancel_locally()
-            self.observers.tell(Event("cancelled", seq, pending.name))
-        pending.answer.set(in_time)
-
-    def _on_reply(self, seq: int, reply: dict[str, Any], num_bytes: int) -> None:
-        with self.state:
-            self._replayed.discard(seq)
-            pending = self._pending.pop(seq, None)
-            if pending is None:
-                return  # done again for its effect
-            self.history.done(seq)
-            self.state.notify_all()
-        if pending.answer is not None:
-            pending.answer.set(False)
-        self.observers.tell(reply_event(pending, reply, num_bytes))
-        resolve(pending, reply)
-
     def _take_up_undone(self) -> None:
         """Make futures for what a driver before this one had accepted and not heard of."""
         known = self.history.commands()
@@ -278,7 +249,7 @@ class Driver:
             if seq in known:
                 deadline_s, payload = known[seq]
                 self.undone[seq] = future = CommandFuture(lambda seq=seq: self._cancel(seq))  # type: ignore[misc]
-                self._pending[seq] = Pending(
+                self.outstanding.pending[seq] = Pending(
                     seq, "command", payload, deadline_s, future, value_alone
                 )
 
@@ -300,34 +271,28 @@ class Driver:
     def _tell_again(self, link: Link) -> None:
         """Bring ranks to where they were, if they are new, and send what they have not answered."""
         again: dict[int, tuple[float, bytes]] = {}
+        known = link.welcome.last_seq
         if link.welcome.epoch != self.history.epoch:
             self.history.forget_expected()
-            if self.history.snapshot is not None:
-                seq, directory = self.history.snapshot
-                command = RestoreSnapshot(directory=directory)
-                again[seq] = (command.deadline_s, encode(command))
-            again |= self.history.commands()
             self.history.note_epoch(link.welcome.epoch)
+        if self.history.snapshot is not None:
+            seq, directory = self.history.snapshot
+            command = RestoreSnapshot(directory=directory)
+            again[seq] = (command.deadline_s, encode(command))
+        again |= self.history.commands()
+        again = {seq: each for seq, each in again.items() if seq > known}
         with self.state:
-            waiting = {p.seq: (p.deadline_s, p.payload) for p in self._pending.values()}
-            self._replayed = again.keys() - waiting.keys()
+            self.last_seq = max(self.last_seq, known)
+            waiting = {p.seq: (p.deadline_s, p.payload) for p in self.outstanding.pending.values()}
+            self.outstanding.replayed = again.keys() - waiting.keys()
             first = min(waiting, default=self.last_seq + 1)
-        link.listen(self._on_reply, self._on_cancelled)
-        for seq, (deadline_s, payload) in sorted((again | waiting).items()):
-            link.send(Kind.COMMAND, Job(seq, deadline_s, payload, first - 1).pack())
-
-    def blamed(self) -> Pending | None:
-        """Return the command that ranks were doing, if they were not doing an old one again."""
-        with self.state:
-            return None if self._replayed else self._pending.get(min(self._pending, default=0))
-
-    def drop(self, pending: Pending, error: MegatrainError) -> None:
-        """Give up one command."""
-        with self.state:
-            self.history.drop(pending.seq)
-            del self._pending[pending.seq]
-            self.state.notify_all()
-        self._fail(pending, error)
+        link.listen(self.outstanding.on_reply, self.outstanding.on_cancelled)
+        try:
+            for seq, (deadline_s, payload) in sorted((again | waiting).items()):
+                link.send(Kind.COMMAND, Job(seq, deadline_s, payload, first - 1).pack())
+        except BusError as error:  # another loss, which the supervisor sees and counts
+            logger.debug("the ranks did not hear all: %s", error.message)
+            link.close()
 
     def give_up(self, error: MegatrainError) -> None:
         """Do nothing from now on: everything that waits fails with this error."""
@@ -335,24 +300,9 @@ class Driver:
         with self.state:
             self._broken = error
             self.state.notify_all()
-        self._fail_pending(lambda pending: error)
+        self.outstanding.fail_all(lambda pending: error)
         self.link.close()
         self.ranks.close()
-
-    def _fail(self, pending: Pending, error: MegatrainError) -> None:
-        seconds = time.monotonic() - pending.accepted_at
-        event = Event("failed", pending.seq, pending.name, seconds=seconds, text=error.message)
-        self.observers.tell(event)
-        pending.future.set_exception(error)
-
-    def _fail_pending(self, error_of_one: Callable[[Pending], MegatrainError]) -> None:
-        with self.state:
-            waiting, self._pending = list(self._pending.values()), {}
-        for pending in waiting:
-            if not pending.future.done():
-                self._fail(pending, error_of_one(pending))
-            if pending.answer is not None:
-                pending.answer.set(False)
 
     def close(self) -> None:
         """End the ranks that it started, or leave the others; idempotent.
@@ -364,7 +314,7 @@ class Driver:
                 return
             self._closing = True
             self.state.notify_all()
-        self._fail_pending(
+        self.outstanding.fail_all(
             lambda pending: CancelledCommandError(
                 f"the driver was closed before {pending.name} was done"
             )
@@ -379,6 +329,8 @@ class Driver:
         self.telemetry.close()
 
     def _say_goodbye(self) -> None:
+        if self.link.error is not None:
+            return  # nobody hears it: the ranks were lost, and did not start again yet
         command: Command = Stop()
         if isinstance(self.ranks, RanksAt):
             if not self.history.is_temporary:

@@ -8,6 +8,7 @@ import enum
 import socket
 import struct
 import threading
+import time
 from typing import Any
 
 from megatrain.bus.codec import decode, encode
@@ -45,6 +46,7 @@ class FrameSocket:
 
     def __init__(self, connection: socket.socket, max_bytes: int) -> None:
         self._socket, self.max_bytes = connection, max_bytes
+        self._until: float | None = None
         self._sending = threading.Lock()
 
     def send(self, kind: Kind, value: Any) -> None:
@@ -94,6 +96,8 @@ class FrameSocket:
         place = 0
         while place < size:
             try:
+                if self._until is not None:
+                    self._socket.settimeout(self._left(self._until))
                 count = self._socket.recv_into(data[place:])
             except OSError as error:
                 raise BusError(f"the connection was lost: {error}") from error
@@ -102,8 +106,15 @@ class FrameSocket:
             place += count
         return data
 
-    def settimeout(self, seconds: float | None) -> None:
-        """Bound the waiting of each read and write."""
+    @staticmethod
+    def _left(until: float) -> float:
+        if (left := until - time.monotonic()) <= 0:
+            raise TimeoutError("the other end is too slow")
+        return left
+
+    def limit(self, seconds: float | None) -> None:
+        """Bound all reading from now on, however slowly it comes; None ends that."""
+        self._until = None if seconds is None else time.monotonic() + seconds
         self._socket.settimeout(seconds)
 
     def close(self) -> None:

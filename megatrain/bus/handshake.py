@@ -80,7 +80,13 @@ def enter(link: FrameSocket, token: bytes, session: str) -> Welcome:
         raise refusal(answer)
     if not hmac.compare_digest(_field(answer, "proof"), _proof(token, b"ranks", ours, theirs)):
         raise BusError("what listens there does not have the token")
-    return Welcome(**answer["welcome"])
+    try:
+        return Welcome(**answer["welcome"])
+    except (KeyError, TypeError) as error:
+        raise BusError(
+            f"the ranks do not say who they are as this version does: {error}",
+            hint="install the same megatrain on both ends",
+        ) from error
 
 
 def refuse(link: FrameSocket, reason: str) -> None:
@@ -90,7 +96,8 @@ def refuse(link: FrameSocket, reason: str) -> None:
 
 def refusal(value: Any) -> BusError:
     """Return the error that a REFUSED frame stands for."""
-    return BusError(f"the ranks refused this driver: {value.get('reason')}")
+    reason = value.get("reason") if isinstance(value, dict) else value
+    return BusError(f"the ranks refused this driver: {reason}")
 
 
 def _field(value: Any, name: str) -> bytes:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from megatrain.bus.journal import Entry, Journal, Record
 from megatrain.config.bus import RecoveryPolicy
+from megatrain.errors import BusError
 
 logger = logging.getLogger(__name__)
 
 
+_FAILED = b"failed"
 WRITTEN_S = 600.0
 """Seconds that ranks get to write a snapshot."""
 
@@ -49,9 +51,14 @@ class History:
         """Commands since the snapshot that must be done again, in order."""
         self.undone: dict[int, None] = {}
         """Those of them whose reply had not come when the driver before this one ended."""
+        self._failed: dict[int, bool] = {}
+        """Whether those that were answered had failed."""
         self._changed_at: float | None = None
         for record in self._journal.records:
             self._replay(record)
+        if self._open:
+            self._changed_at = time.monotonic()
+        self._remove_others()
         if not self._journal.records:
             self._append(Entry.SESSION, 0, self.session.encode())
 
@@ -62,6 +69,7 @@ class History:
                 self._open[record.seq] = self.undone[record.seq] = None
             case Entry.DONE:
                 self.undone.pop(record.seq, None)
+                self._failed[record.seq] = record.payload == _FAILED
             case Entry.DROPPED:
                 self.undone.pop(record.seq, None)
                 self._open.pop(record.seq, None)
@@ -88,18 +96,29 @@ class History:
     def note_epoch(self, epoch: str) -> None:
         """Note which ranks do what follows."""
         self.epoch = epoch
-        self._append(Entry.EPOCH, 0, epoch.encode())
+        with contextlib.suppress(BusError):  # a full disk: ranks say themselves what they know
+            self._append(Entry.EPOCH, 0, epoch.encode())
 
-    def done(self, seq: int) -> None:
+    def done(self, seq: int, *, failed: bool = False) -> None:
         """Note that a reply has come."""
         if seq in self._open:
+            self._failed[seq] = failed
             with contextlib.suppress(Exception):  # it is a hint: without it, it is done again
-                self._append(Entry.DONE, seq, sync=False)
+                self._append(Entry.DONE, seq, _FAILED if failed else b"", sync=False)
+
+    def is_as_before(self, seq: int, *, failed: bool) -> bool:
+        """Tell whether a command that was done again has ended as it did the first time."""
+        if self.snapshot is not None and seq == self.snapshot[0]:
+            return not failed
+        return self._failed.get(seq, failed) == failed
 
     def drop(self, seq: int) -> None:
         """Note that a command was cancelled or given up: it is never done again."""
         if self._open.pop(seq, 0) is None:
-            self._append(Entry.DROPPED, seq)
+            try:
+                self._append(Entry.DROPPED, seq)
+            except BusError as error:  # it is so all the same, as long as this driver lives
+                logger.error("that command %d is dropped could not be noted: %s", seq, error)
 
     def commands(self) -> dict[int, tuple[float, bytes]]:
         """Return deadlines and encoded commands since the snapshot, from the disk, by number."""
@@ -154,12 +173,11 @@ class History:
         return seq
 
     def _compact(self, seq: int, directory: str) -> None:
-        old = self.snapshot
-        self._open = {each: None for each in self._open if each > seq}
+        still_open = {each: None for each in self._open if each > seq}
         kept = [
             record
             for record in self._journal.read()
-            if record.seq > seq and (record.entry is not Entry.COMMAND or record.seq in self._open)
+            if record.seq > seq and (record.entry is not Entry.COMMAND or record.seq in still_open)
         ]
         head = [
             Record(Entry.SESSION, 0, self.session.encode()),
@@ -167,11 +185,17 @@ class History:
             Record(Entry.SNAPSHOT, seq, directory.encode()),
         ]
         self._journal.compact([*head, *kept])
-        self.snapshot = seq, directory
+        self.snapshot, self._open = (seq, directory), still_open
+        self._failed = {each: failed for each, failed in self._failed.items() if each > seq}
         self._changed_at = time.monotonic() if self._open else None
-        if old is not None:
-            shutil.rmtree(old[1], ignore_errors=True)
+        self._remove_others()
         logger.info("snapshot of all up to command %d: %s", seq, directory)
+
+    def _remove_others(self) -> None:
+        """Remove snapshots that nobody will start from; one with the same number may come."""
+        for each in self.folder.glob("snapshot-*"):
+            if self.snapshot is None or str(each.absolute()) != self.snapshot[1]:
+                shutil.rmtree(each, ignore_errors=True)
 
     def close(self) -> None:
         """Close the journal; a temporary one is removed."""

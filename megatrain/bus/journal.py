@@ -1,7 +1,8 @@
 """What was accepted and is not yet in a snapshot: a file that is only appended to.  No torch.
 
     file    magic "MTRJ" | u32 version | records
-    record  u32 length of the payload | u32 CRC-32 of kind and payload | u8 kind | payload
+    record  u32 length of the payload | u32 CRC-32 of kind and payload | u8 kind
+            | u32 CRC-32 of all before it | payload
 
 A record is on the disk (fsync) before `append` returns.  What a crash cut short at the end was
 never accepted, and is dropped when the file is opened again.
@@ -12,14 +13,14 @@ import fcntl
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatrain.errors import BusError, CheckpointError
 
-_MAGIC = struct.pack("<4sI", b"MTRJ", 1)
-_HEAD = struct.Struct("<IIB")
+_MAGIC = struct.pack("<4sI", b"MTRJ", 2)
+_FRONT, _CHECK = struct.Struct("<IIB"), struct.Struct("<I")
+_HEAD_SIZE = _FRONT.size + _CHECK.size
 _SEQ = struct.Struct("<Q")
 
 
@@ -70,7 +71,11 @@ class Journal:
                 f"another driver uses the journal {self.folder}",
                 hint="end it, or give this one a folder of its own",
             ) from error
-        self.records = self._open()
+        try:
+            self.records = self._open()
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _open(self) -> list[Record]:
         """Return what the file holds, and leave it open behind its last whole record."""
@@ -134,6 +139,7 @@ class Journal:
             os.fsync(descriptor)
             os.close(descriptor)
         finally:
+            new.unlink(missing_ok=True)
             self._file = self.path.open("r+b", buffering=0)
             self._size = self._file.seek(0, os.SEEK_END)
 
@@ -146,40 +152,38 @@ class Journal:
 def _encode(record: Record) -> bytes:
     body = _SEQ.pack(record.seq) + record.payload
     kind = bytes([record.entry])
-    return _HEAD.pack(len(body), zlib.crc32(kind + body), record.entry) + body
+    front = _FRONT.pack(len(body), zlib.crc32(kind + body), record.entry)
+    return front + _CHECK.pack(zlib.crc32(front)) + body
 
 
 def _read(data: bytes) -> tuple[list[Record], int]:
     """Return the whole records and where the last of them ends.
 
-    Raises CheckpointError if there is a damaged record with a whole one behind it.
+    Raises CheckpointError for one that is damaged, and not merely cut short at the end.
     """
     records: list[Record] = []
-    end = 0
-    for record, place in _records(data):
-        records.append(record)
-        end = place
-    if any(True for _ in _records_behind(data, end)):
-        raise CheckpointError(
-            f"a record of the journal is damaged after {len(records)} whole ones, and more follow",
-            hint="what follows cannot be trusted; start from the last saved state in a new folder",
-        )
-    return records, end
-
-
-def _records(data: bytes, place: int = 0) -> Iterator[tuple[Record, int]]:
-    while len(data) - place >= _HEAD.size:
-        size, check, kind = _HEAD.unpack_from(data, place)
-        body = data[place + _HEAD.size : place + _HEAD.size + size]
+    place = 0
+    while len(data) - place >= _HEAD_SIZE:
+        front, begin = data[place : place + _FRONT.size], place + _HEAD_SIZE
+        if _CHECK.pack(zlib.crc32(front)) != data[place + _FRONT.size : begin]:
+            if any(data[begin:]):  # otherwise the file grew, and nothing was written there
+                raise _damaged(len(records))
+            break
+        size, check, kind = _FRONT.unpack(front)
+        body = data[begin : begin + size]
         if size < _SEQ.size or len(body) < size or zlib.crc32(bytes([kind]) + body) != check:
-            return
-        place += _HEAD.size + size
-        yield Record(Entry(kind), _SEQ.unpack_from(body)[0], body[_SEQ.size :]), place
+            if len(data) > begin + size:
+                raise _damaged(len(records))
+            break
+        if kind not in Entry:
+            raise CheckpointError(f"the journal was written by another version: entry {kind}")
+        records.append(Record(Entry(kind), _SEQ.unpack_from(body)[0], body[_SEQ.size :]))
+        place = begin + size
+    return records, place
 
 
-def _records_behind(data: bytes, end: int) -> Iterator[Record]:
-    """Yield the record behind a damaged one whose length is still right."""
-    if len(data) - end >= _HEAD.size:
-        size, _, _ = _HEAD.unpack_from(data, end)
-        for record, _ in _records(data, end + _HEAD.size + size):
-            yield record
+def _damaged(whole: int) -> CheckpointError:
+    return CheckpointError(
+        f"a record of the journal is damaged after {whole} whole ones, and more follow",
+        hint="what follows cannot be trusted; start from the last saved state in a new folder",
+    )

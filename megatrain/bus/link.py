@@ -26,12 +26,13 @@ class Link:
         """Connect.  Raises OSError if nobody listens, BusError if the driver is refused."""
         connection = address.connect(config, HANDSHAKE_S)
         self._frames = FrameSocket(connection, config.max_message_bytes)
+        self._frames.limit(HANDSHAKE_S)
         try:
             self.welcome: Welcome = enter(self._frames, driving_token(address, config), session)
         except BaseException:
             self._frames.close()
             raise
-        self._frames.settimeout(None)
+        self._frames.limit(None)
         self.error: BusError | None = None
         """Why it ended."""
         self.lost: dict[str, Any] | None = None
@@ -79,6 +80,8 @@ class Link:
                         raise BusError(f"ranks must not send {kind.name}")
         except BusError as error:
             self.error = error
+        except Exception as error:  # noqa: BLE001 - whatever bytes may make of what reads them
+            self.error = BusError(f"the ranks said what makes no sense: {error!r}")
         finally:
             self._frames.close()
 

@@ -43,9 +43,9 @@ class Pulse:
         """Say what the command is called, once it is known."""
         self._beat = replace(self._beat, command=command)
 
-    def fail(self) -> None:
+    def fail(self, error: str = "") -> None:
         """Say that this rank has raised an error, and that the others may not know."""
-        self._beat = replace(self._beat, failed=True)
+        self._beat = replace(self._beat, failed=True, error=error)
 
     def end(self, *, tokens: int = 0, adapters: Mapping[str, int] | None = None) -> None:
         """Say that the command is done, how many tokens it saw, and where adapters are now."""

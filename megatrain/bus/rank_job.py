@@ -6,7 +6,6 @@ Started by torchrun, or by LocalRanks, which names a file by which the ranks fin
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -22,6 +21,7 @@ from megatrain.bus.beat import EXIT_LOST, Beat, key, read_beat
 from megatrain.bus.codec import encode
 from megatrain.bus.frames import Kind
 from megatrain.bus.handshake import Welcome
+from megatrain.bus.last_words import on_sigterm, the_dead
 from megatrain.bus.pulse import Pulse
 from megatrain.bus.rank_options import RankOptions
 from megatrain.bus.server import Server
@@ -39,7 +39,8 @@ def run(options: RankOptions) -> int:
     A rank that cannot go on ends at once with EXIT_LOST: whoever started it starts all anew.
     """
     setup_logging()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for a collective
+    door = _Door()
+    on_sigterm(door.leave)
     if options.dies_with_input:
         threading.Thread(target=_die_with_input, name="bus-parent", daemon=True).start()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,14 +56,13 @@ def run(options: RankOptions) -> int:
     )
     timeout_s = options.bus.heartbeat_timeout_s
     pulse = Pulse(_own(store, timeout_s), rank, interval_s=min(1.0, timeout_s / 5))
-    server = None
     try:
         if rank == 0:
-            server = _serve(options, session, store, world)
-        watches = _watch(rank, world, _own(store, timeout_s), timeout_s, server)
+            door.server = _serve(options, session, store, world)
+        watches = _watch(rank, world, _own(store, timeout_s), timeout_s, door)
         from megatrain.bus.worker import Worker  # noqa: PLC0415 - Megatron can be imported now
 
-        Worker(session, pulse, server).run()
+        Worker(session, pulse, door.server).run()
         for each in watches:
             each.close()
         pulse.close()
@@ -70,9 +70,35 @@ def run(options: RankOptions) -> int:
         # A peer is gone in the middle of a collective, most likely: groups cannot be left orderly.
         logger.exception("rank %d ends", rank)
         time.sleep(min(1.0, timeout_s / 5))  # whoever is the cause may be named meanwhile
-        _end(EXIT_LOST)
-    _end(0, server)
+        door.leave()
+    _end(0, door.server)
     return 0
+
+
+class _Door:
+    """Rank 0's server, once it is there, and what it has heard of all ranks."""
+
+    def __init__(self) -> None:
+        self.server: Server | None = None
+        self.beats: list[Beat] = []
+
+    def tell(self, loss: Loss) -> None:
+        """Say who is lost, if a driver is there to hear it."""
+        logger.error("%s", loss.text)
+        if self.server is not None:
+            body = {
+                "ranks": list(loss.ranks),
+                "text": loss.text,
+                "stacks": loss.stacks,
+                "late": loss.is_late,
+            }
+            self.server.tell(Kind.LOST, encode(body))
+
+    def leave(self) -> None:
+        """End at once, after saying whose process is gone."""
+        if (loss := the_dead(self.beats)) is not None:
+            self.tell(loss)
+        _end(EXIT_LOST)
 
 
 def _end(status: int, server: Server | None = None) -> None:
@@ -140,27 +166,18 @@ def _serve(options: RankOptions, session: Session, store: Any, world: int) -> Se
     return server
 
 
-def _watch(
-    rank: int, world: int, store: Any, timeout_s: float, server: Server | None
-) -> list[Watch]:
+def _watch(rank: int, world: int, store: Any, timeout_s: float, door: _Door) -> list[Watch]:
     """Watch all from rank 0, and rank 0 from rank 1."""
 
     def lost(loss: Loss) -> None:
-        logger.error("%s", loss.text)
-        if server is not None:
-            body = {
-                "ranks": list(loss.ranks),
-                "text": loss.text,
-                "stacks": loss.stacks,
-                "late": loss.is_late,
-            }
-            server.tell(Kind.LOST, encode(body))
+        door.tell(loss)
         _end(EXIT_LOST)
 
     def heard(beats: list[Beat]) -> None:
-        assert server is not None
-        server.tell(Kind.HEALTH, encode({"beats": beats, "queued": server.queued()}))
+        assert door.server is not None
+        door.beats = beats
+        door.server.tell(Kind.HEALTH, encode({"beats": beats, "queued": door.server.queued()}))
 
-    if server is not None:
+    if door.server is not None:
         return [Watch(store, range(world), timeout_s=timeout_s, lost=lost, heard=heard)]
     return [Watch(store, [0], timeout_s=timeout_s, lost=lost)] if rank == 1 else []

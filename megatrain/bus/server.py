@@ -1,5 +1,6 @@
 """Rank 0's door: one driver at a time, its commands in order, each accepted once.  No torch."""
 
+import contextlib
 import logging
 import queue
 import socket
@@ -55,10 +56,12 @@ class Server:
             except queue.Empty:
                 return None
             with self._lock:
+                if job.session != self._session:
+                    continue  # who asked for it will not come back
                 self._started = max(self._started, job.seq)
                 is_cancelled = job.seq in self._cancelled
                 self._cancelled.discard(job.seq)
-            if not is_cancelled and job.session == self._session:
+            if not is_cancelled:
                 return job
 
     def queued(self) -> int:
@@ -67,6 +70,8 @@ class Server:
 
     def reply(self, job: Job, body: bytes) -> None:
         """Send a command's encoded reply, now or when the driver is back."""
+        if SEQ.size + len(body) > self.config.max_message_bytes:
+            body = encode({"failure": self._too_large(len(body))})
         frame = SEQ.pack(job.seq) + body
         with self._lock:
             if job.session != self._session or not job.seq:
@@ -74,6 +79,15 @@ class Server:
             self._replies[job.seq] = frame
             driver = self._driver
         self._send(driver, Kind.REPLY, frame)
+
+    def _too_large(self, size: int) -> Failure:
+        return Failure(
+            "BusError",
+            f"the command was done, but its result of {size} bytes is too large: a message must "
+            f"have at most {self.config.max_message_bytes} bytes",
+            hint="ask for less at once, or raise max_message_bytes on both ends",
+            rank=0,
+        )
 
     def tell(self, kind: Kind, body: bytes) -> None:
         """Send an encoded event, if a driver is there to hear it."""
@@ -89,6 +103,8 @@ class Server:
 
     def close(self) -> None:
         """Stop listening and hang up."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # the thread that accepts gets an error
         self._listener.close()
         if self._driver is not None:
             self._driver.close()
@@ -115,7 +131,7 @@ class Server:
         if link is None:
             return
         try:
-            link.settimeout(None)
+            link.limit(None)
             while True:
                 self._take(*link.receive_encoded(), link)
         except BusError as error:
@@ -134,6 +150,7 @@ class Server:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             link = FrameSocket(connection, self.config.max_message_bytes)
+            link.limit(HANDSHAKE_S)
             self._admit(link)
         except (BusError, OSError, TypeError, ValueError) as error:
             logger.warning("a connection was closed: %s", error)

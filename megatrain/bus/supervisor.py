@@ -12,6 +12,7 @@ from megatrain.bus.commands import Command, TakeSnapshot
 from megatrain.bus.events import Event, Observers
 from megatrain.bus.history import History
 from megatrain.bus.link import Link
+from megatrain.bus.outstanding import Outstanding
 from megatrain.bus.pending import Pending
 from megatrain.bus.ranks import Ranks
 from megatrain.bus.trouble import Trouble, trouble_of
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 """Seconds between looks at the ranks."""
+STALL_S = 1.0
+"""Seconds between two looks after which this process itself had stood still."""
+PAUSE_S = 60.0
+"""Seconds until a snapshot is tried again that ranks could not take."""
 
 
 class Supervised(Protocol):
@@ -34,6 +39,7 @@ class Supervised(Protocol):
     mesh: DeviceMesh
     history: History
     observers: Observers
+    outstanding: Outstanding
     state: threading.Condition
     order: threading.Lock
     last_seq: int
@@ -42,8 +48,6 @@ class Supervised(Protocol):
     def is_over(self) -> bool: ...
     def accept(self, command: Command) -> Future[Any]: ...
     def reconnect(self, timeout_s: float) -> None: ...
-    def blamed(self) -> Pending | None: ...
-    def drop(self, pending: Pending, error: MegatrainError) -> None: ...
     def give_up(self, error: MegatrainError) -> None: ...
 
 
@@ -54,6 +58,9 @@ class Supervisor:
         self._driver, self._policy = driver, driver.config.recovery
         self._restarts: list[float] = []
         """When ranks were started again."""
+        self._taking: Future[Any] | None = None
+        """Of the snapshot that ranks were last asked for."""
+        self._snapshot_after = 0.0
         self.losses: list[str] = []
         """What was said of every loss so far."""
         self._thread = threading.Thread(target=self._run, name="bus-supervisor", daemon=True)
@@ -72,16 +79,20 @@ class Supervisor:
     def _run(self) -> None:
         driver = self._driver
         while not driver.is_over:
+            began = time.monotonic()
             time.sleep(POLL_S)
             if driver.is_over:
                 return
+            if time.monotonic() - began > STALL_S:  # what ranks said meanwhile was not read yet
+                driver.link.heard_at = time.monotonic()
             found = trouble_of(driver.ranks, driver.link, driver.config.heartbeat_timeout_s)
             try:
                 if found is not None and not driver.is_over:
                     self._recover(found)
                 self._look_after_snapshots()
             except MegatrainError as error:
-                driver.give_up(error)
+                if not driver.is_over:
+                    driver.give_up(error)
             except Exception as error:
                 logger.exception("the supervisor of ranks failed")
                 driver.give_up(RankError(f"the driver failed: {type(error).__name__}: {error}"))
@@ -107,6 +118,8 @@ class Supervisor:
                         raise
                     logger.warning("the ranks are not there again yet: %s", error.message)
                     time.sleep(1.0)
+            else:
+                return  # it was closed meanwhile
         seconds = time.monotonic() - began
         driver.observers.tell(Event("recovered", seconds=seconds))
         logger.info("the ranks are there again after %.1f s (%d)", seconds, len(self._restarts))
@@ -116,11 +129,11 @@ class Supervisor:
         policy, now = self._policy, time.monotonic()
         self._restarts = [at for at in self._restarts if now - at < policy.reset_after_s]
         hint = f"last words:\n{output}" if output else None
-        blamed = self._driver.blamed()
+        blamed = self._driver.outstanding.blamed()
         if blamed is not None:
             blamed.troubles.append(found.signature)
             if blamed.troubles.count(found.signature) >= policy.max_attempts:
-                self._driver.drop(blamed, _poison(blamed, found, hint))
+                self._driver.outstanding.drop(blamed, _poison(blamed, found, hint))
         if len(self._restarts) >= policy.max_restarts:
             raise RankError(
                 f"{found} (after {len(self._restarts)} restarts, of which "
@@ -135,23 +148,27 @@ class Supervisor:
             return
         with driver.state:
             settled = driver.history.settle()
-            due = driver.history.is_due()
+            due = driver.history.is_due() and (self._taking is None or self._taking.done())
+            due = due and time.monotonic() > self._snapshot_after
         if settled is not None:
             driver.observers.tell(Event("snapshot", settled))
         if not due:
             return
         with driver.order:
             seq = driver.last_seq + 1
-            command = TakeSnapshot(directory=driver.history.directory(seq))
-            taken = driver.accept(command)
-            driver.history.expect(seq, driver.mesh.world_size)
-        taken.add_done_callback(self._begun)
+            taken = driver.accept(TakeSnapshot(directory=driver.history.directory(seq)))
 
-    def _begun(self, taken: Future[Any]) -> None:
-        if not taken.cancelled() and (error := taken.exception()) is not None:
-            logger.warning("no snapshot was taken: %s", error)
-            with self._driver.state:
-                self._driver.history.forget_expected()
+        def begun(taken: Future[Any]) -> None:
+            """Await its files; all replies before this one have come, too."""
+            if not taken.cancelled() and (error := taken.exception()) is not None:
+                logger.warning("no snapshot was taken: %s", error)
+                self._snapshot_after = time.monotonic() + PAUSE_S
+                return
+            with driver.state:
+                driver.history.expect(seq, driver.mesh.world_size)
+
+        self._taking = taken
+        taken.add_done_callback(begun)
 
 
 def _poison(pending: Pending, found: Trouble, hint: str | None) -> MegatrainError:

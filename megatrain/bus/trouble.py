@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatrain.bus.beat import patience
 from megatrain.bus.link import Link
 from megatrain.bus.ranks import Ranks
+from megatrain.bus.watch import doing
 
 _CHANGING = re.compile(r"pid \d+|\d+(\.\d+)? s\b|\bcommand \d+|host [^,)]*")
 """What differs each time: process ids, seconds, numbers of commands, hosts."""
@@ -46,7 +47,8 @@ def trouble_of(ranks: Ranks, link: Link, heartbeat_timeout_s: float) -> Trouble 
     silence, beats = time.monotonic() - link.heard_at, link.health.get("beats")
     if silence > heartbeat_timeout_s * (patience(beats[0]) if beats else 1.0):
         who = f"rank 0 (host {link.welcome.hosts[0]}, pid {link.welcome.pids[0]})"
-        return Trouble(f"{who} has given no sign of life for {silence:.1f} s")
+        what = doing(beats[0]) if beats else ""
+        return Trouble(f"{who} has given no sign of life for {silence:.1f} s{what}")
     return None
 
 

@@ -81,8 +81,8 @@ class Watch:
             return Loss(
                 tuple(beat.rank for beat in silent),
                 "; ".join(
-                    f"{_who(beat)} has given no sign of life for {self._silence(beat, now):.1f} s "
-                    f"(bound {self._timeout_s * patience(beat):g} s){_doing(beat)}"
+                    f"{who(beat)} has given no sign of life for {self._silence(beat, now):.1f} s "
+                    f"(bound {self._timeout_s * patience(beat):g} s){doing(beat)}"
                     for beat in silent
                 ),
             )
@@ -97,16 +97,18 @@ class Watch:
 
     def _late(self, beats: Sequence[Beat]) -> Loss | None:
         late = [beat for beat in beats if beat.command and beat.running_s > beat.deadline_s]
-        if not late or not all(beat.stack for beat in late):
-            return None  # the stacks come with the next beat
+        numbers = {beat.seq for beat in late}
+        busy = [beat for beat in beats if beat.command and beat.seq in numbers]
+        if not late or not all(beat.stack for beat in busy):
+            return None  # the stacks come with the next beat, also of those that were in time yet
         cause = [beat for beat in late if not _waits(beat.stack)] or late
         return Loss(
             tuple(beat.rank for beat in cause),
             "; ".join(
-                f"{_who(beat)} is alive but was not done within {beat.deadline_s:g} s{_doing(beat)}"
+                f"{who(beat)} is alive but was not done within {beat.deadline_s:g} s{doing(beat)}"
                 for beat in cause
             ),
-            "\n".join(f"{_who(beat)}:\n{beat.stack}" for beat in cause),
+            "\n".join(f"{who(beat)}:\n{beat.stack}" for beat in cause),
             is_late=True,
         )
 
@@ -122,17 +124,20 @@ class Watch:
         return Loss(
             tuple(beat.rank for beat in failed),
             "; ".join(
-                f"{_who(beat)} failed, and the others wait for it in a collective{_doing(beat)}"
+                f"{who(beat)} failed, and the others wait for it in a collective{doing(beat)}"
+                f": {beat.error}"
                 for beat in failed
             ),
         )
 
 
-def _who(beat: Beat) -> str:
+def who(beat: Beat) -> str:
+    """Return a rank with its host and process."""
     return f"rank {beat.rank} (host {beat.host}, pid {beat.pid})"
 
 
-def _doing(beat: Beat) -> str:
+def doing(beat: Beat) -> str:
+    """Return what a rank last said that it does."""
     if not beat.command:
         return f", idle after command {beat.seq}" if beat.seq else ", idle"
     return f", in {beat.command} (command {beat.seq}), phase {beat.phase}"

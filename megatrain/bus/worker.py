@@ -162,8 +162,9 @@ class Worker:
             if isinstance(command, RankCommand):
                 return self._run(command), None
             return self._host(command).run(command), None  # type: ignore[arg-type]
-        except Exception as error:  # noqa: BLE001 - the driver hears it
-            self._pulse.fail()
+        except Exception as error:
+            logger.exception("%s failed on this rank", type(command).__name__)
+            self._pulse.fail(f"{type(error).__name__}: {error}")
             return None, self._failure(error, command)
 
     def _run(self, command: RankCommand) -> Any:
@@ -228,9 +229,15 @@ class Worker:
         self, command: Command | None, value: Any, failure: Failure | None, times: dict[str, float]
     ) -> bytes:
         """Return the encoded reply; what cannot be sent is a failure too."""
-        if failure is not None:
-            return encode({"failure": failure, "times": times})
-        assert command is not None
+        if failure is None:
+            assert command is not None
+            try:
+                return encode(self._done(command, value) | {"times": times})
+            except Exception as error:  # noqa: BLE001 - a plug-in's result may be anything
+                failure = self._failure(error, command)
+        return encode({"failure": failure, "times": times})
+
+    def _done(self, command: Command, value: Any) -> dict[str, Any]:
         host = self._models.get(command.model)
         trained = [] if host is None else host.trained
         if isinstance(command, GetState) and value is not None:
@@ -240,7 +247,7 @@ class Worker:
                 name: self._failure(each, command) if isinstance(each, Exception) else each
                 for name, each in value.items()
             }
-        return encode({"value": value, "trained": trained, "times": times})
+        return {"value": value, "trained": trained}
 
 
 def _tokens(value: Any) -> int:

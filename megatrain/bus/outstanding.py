@@ -1,0 +1,111 @@
+"""Commands that a driver waits for, and those that new ranks do again.  No torch."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatrain.bus.codec import Failure
+from megatrain.bus.events import Event, Observers
+from megatrain.bus.failures import error_of
+from megatrain.bus.history import History
+from megatrain.bus.pending import CommandFuture, Pending, reply_event, resolve
+from megatrain.errors import CancelledCommandError, MegatrainError, RankError
+
+
+class Outstanding:
+    """Commands that were accepted and not answered.  `state` guards everything here."""
+
+    def __init__(
+        self,
+        history: History,
+        observers: Observers,
+        state: threading.Condition,
+        give_up: Callable[[MegatrainError], None],
+    ) -> None:
+        """`give_up` is called if ranks that started anew are not what they were."""
+        self._history, self._observers, self._state = history, observers, state
+        self._give_up = give_up
+        self.pending: dict[int, Pending] = {}
+        self.replayed: set[int] = set()
+        """Commands that ranks which started anew were told again, and have not answered."""
+
+    def on_reply(self, seq: int, reply: dict[str, Any], num_bytes: int) -> None:
+        """Resolve the future of a command."""
+        failure = reply.get("failure")
+        with self._state:
+            was_replayed = seq in self.replayed
+            self.replayed.discard(seq)
+            pending = self.pending.pop(seq, None)
+            if pending is not None and _is_cancelled(failure):
+                self._history.drop(seq)  # the answer to the cancellation itself was lost
+            elif pending is not None:
+                self._history.done(seq, failed=failure is not None)
+            self._state.notify_all()
+        if pending is None:  # done again for its effect
+            if was_replayed and not self._history.is_as_before(seq, failed=failure is not None):
+                self._give_up(_mismatch(seq, failure))
+            return
+        if pending.answer is not None:
+            pending.answer.set(False)
+        self._observers.tell(reply_event(pending, reply, num_bytes))
+        resolve(pending, reply)
+
+    def on_cancelled(self, seq: int, in_time: bool) -> None:
+        """Hear whether a cancellation was in time."""
+        with self._state:
+            pending = self.pending.get(seq)
+            if pending is None or pending.answer is None:
+                return
+            if in_time:
+                self._history.drop(seq)
+                del self.pending[seq]
+                self._state.notify_all()
+        if in_time and isinstance(pending.future, CommandFuture):
+            pending.future.cancel_locally()
+            self._observers.tell(Event("cancelled", seq, pending.name))
+        pending.answer.set(in_time)
+
+    def blamed(self) -> Pending | None:
+        """Return the command that ranks were doing, if they were not doing an old one again."""
+        with self._state:
+            return None if self.replayed else self.pending.get(min(self.pending, default=0))
+
+    def drop(self, pending: Pending, error: MegatrainError) -> None:
+        """Give up one command."""
+        with self._state:
+            self._history.drop(pending.seq)
+            if self.pending.pop(pending.seq, None) is None:
+                return  # its reply has come after all
+            self._state.notify_all()
+        self._fail(pending, error)
+
+    def fail_all(self, error_of_one: Callable[[Pending], MegatrainError]) -> None:
+        """Give up all."""
+        with self._state:
+            waiting, self.pending = list(self.pending.values()), {}
+        for pending in waiting:
+            self._fail(pending, error_of_one(pending))
+
+    def _fail(self, pending: Pending, error: MegatrainError) -> None:
+        if not pending.future.done():
+            seconds = time.monotonic() - pending.accepted_at
+            event = Event("failed", pending.seq, pending.name, seconds=seconds, text=error.message)
+            self._observers.tell(event)
+            pending.future.set_exception(error)
+        if pending.answer is not None:
+            pending.answer.set(False)
+
+
+def _is_cancelled(failure: Any) -> bool:
+    return isinstance(failure, Failure) and failure.kind == CancelledCommandError.__name__
+
+
+def _mismatch(seq: int, failure: Any) -> RankError:
+    """Return the error of ranks that started anew and are not what they were."""
+    said = error_of(failure).message if isinstance(failure, Failure) else "it did not fail now"
+    return RankError(
+        f"ranks that started anew could not be brought to where they were: command {seq} did not "
+        f"end as it had before: {said}",
+        hint="start from the last saved state",
+    )
