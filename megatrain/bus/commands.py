@@ -281,9 +281,10 @@ class RestoreSnapshot(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop(Command):
-    """End the ranks."""
+    """End the ranks, after what they save in the background."""
 
     mutates: ClassVar[bool] = False
+    deadline_s: ClassVar[float] = FILES_S
 
 
 ModelCommand = (

@@ -15,7 +15,16 @@ from typing import Any, Self
 
 from megatrain.bus.address import Address
 from megatrain.bus.codec import encode
-from megatrain.bus.commands import Command, Inspect, Ping, RestoreSnapshot, Stop, is_redone
+from megatrain.bus.commands import (
+    FILES_S,
+    Command,
+    Inspect,
+    Ping,
+    RestoreSnapshot,
+    Save,
+    Stop,
+    is_redone,
+)
 from megatrain.bus.events import Event, Observers
 from megatrain.bus.frames import Kind
 from megatrain.bus.history import History
@@ -71,7 +80,7 @@ class Driver:
         self.outstanding = Outstanding(self.history, self.observers, self.state, self.give_up)
         self._soon: collections.deque[Command] = collections.deque()
         self._broken: MegatrainError | None = None
-        self._closing = False
+        self._closing = self._has_saved = False
         self._model_numbers = itertools.count()
         self.undone: dict[int, Future[Any]] = {}
         """Futures of commands that a driver before this one had accepted, by number."""
@@ -184,6 +193,7 @@ class Driver:
             if is_redone(command):
                 self.history.accept(seq, payload, limit)
             self.last_seq = seq
+            self._has_saved |= isinstance(command, Save) and command.background
             future = CommandFuture(lambda: self._cancel(seq))
             pending = Pending(seq, name, payload, limit, future, finish or value_alone)
             self.outstanding.pending[seq] = pending
@@ -307,12 +317,14 @@ class Driver:
     def close(self) -> None:
         """End the ranks that it started, or leave the others; idempotent.
 
-        Commands that wait are given up with CancelledCommandError.
+        Commands that wait are given up with CancelledCommandError, and ranks that do one are ended
+        in the middle of it; otherwise what is saved in the background is waited for.
         """
         with self.state:
             if self._closing:
                 return
             self._closing = True
+            is_busy = bool(self.outstanding.pending)
             self.state.notify_all()
         self.outstanding.fail_all(
             lambda pending: CancelledCommandError(
@@ -320,11 +332,11 @@ class Driver:
             )
         )
         self.supervisor.join()
-        if self._broken is None:
+        if self._broken is None and not is_busy:  # the end would wait behind what is given up
             self._say_goodbye()
         atexit.unregister(self.close)
         self.link.close()
-        self.ranks.close()
+        self.ranks.close(orderly=not is_busy)
         self.history.close()
         self.telemetry.close()
 
@@ -339,7 +351,7 @@ class Driver:
         try:
             with self.order:
                 said = self.accept(command)
-            said.result(timeout=STOP_S)
+            said.result(timeout=FILES_S if self._has_saved else STOP_S)
         except (MegatrainError, TimeoutError) as error:
             logger.debug("the ranks did not hear the end: %s", error)
 

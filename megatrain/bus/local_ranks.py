@@ -19,6 +19,8 @@ from megatrain.parallel.layout import DeviceMesh
 
 KEPT_LINES = 200
 """Lines of each rank's output that are kept for an error."""
+STOPPED_S = 10.0
+"""Seconds that ranks which were told to stop get to end."""
 KILLED_S = 10.0
 """Seconds that the system gets to end a process that was killed."""
 
@@ -106,7 +108,7 @@ class LocalRanks:
                 parts.append(f"rank {rank}:\n" + "\n".join(list(self._output[rank])[-30:]))
         return "\n".join(parts)
 
-    def end(self, grace_s: float = 10.0) -> None:
+    def end(self, grace_s: float) -> None:
         """End all ranks; those that do not end by themselves within the grace are killed."""
         limit = time.monotonic() + grace_s
         for process in self._processes:
@@ -117,7 +119,7 @@ class LocalRanks:
             process.close()
         self._processes = []
 
-    def close(self) -> None:
+    def close(self, *, orderly: bool = True) -> None:
         """End all ranks and remove what they left."""
-        self.end()
+        self.end(STOPPED_S if orderly else 0.0)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -17,8 +17,8 @@ class Ranks(Protocol):
     def output(self) -> str:
         """Return what those that failed said last; empty if that is not known here."""
 
-    def close(self) -> None:
-        """End them."""
+    def close(self, *, orderly: bool = True) -> None:
+        """End them; with `orderly` they are ending by themselves, and get some time for it."""
 
 
 class RanksAt:
@@ -39,5 +39,5 @@ class RanksAt:
         """Return nothing: their output is elsewhere."""
         return ""
 
-    def close(self) -> None:
+    def close(self, *, orderly: bool = True) -> None:
         """Leave them be: the next driver finds them."""

@@ -41,7 +41,8 @@ from megatrain.bus.profile import Profiler
 from megatrain.bus.pulse import Pulse
 from megatrain.bus.scattered import SMALLEST, joined, split
 from megatrain.bus.server import Server
-from megatrain.errors import BusError, ConfigError, StateError
+from megatrain.errors import BusError, ConfigError, MegatrainError, StateError
+from megatrain.export.save import finish_save
 from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
 from megatrain.types import StepOutput
@@ -192,9 +193,17 @@ class Worker:
                 return None
             case Stop():
                 self._stopping = True
-                return None
+                return self._finish_saves()
             case _:
                 assert_never(command)
+
+    def _finish_saves(self) -> None:
+        """Wait for what is written in the background; nobody else will."""
+        phase.enter(phase.SAVING)
+        try:
+            finish_save(self.session.groups)
+        except MegatrainError as error:
+            logger.error("%s", error)
 
     def _open_model(self, command: OpenModel) -> None:
         if command.model not in self._models:

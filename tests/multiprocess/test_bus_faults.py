@@ -486,6 +486,7 @@ def torchrun(folder: Path, *options: str) -> Iterator[str]:
                 process.wait()
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_survive_their_drivers_death_and_their_own(
     checkpoint: Path, tmp_path: Path
 ) -> None:

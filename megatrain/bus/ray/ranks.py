@@ -204,7 +204,7 @@ class RayRanks:
                 with contextlib.suppress(self._ray.exceptions.RayError):
                     self._ray.kill(actor)
 
-    def close(self) -> None:
+    def close(self, *, orderly: bool = True) -> None:
         """End all ranks and leave the cluster, if nobody else here is on it."""
         with self._lock:
             if self._closed:

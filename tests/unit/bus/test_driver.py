@@ -220,8 +220,16 @@ def test_closing_is_idempotent_and_says_so_to_who_still_waits(ranks: FakeRanks) 
         with pytest.raises(BusError, match="this driver is closed"):
             function()
     assert ranks.rank is None
-    assert any(isinstance(each, Stop) for each in ranks.heard)
+    # The end would wait behind what is given up: ranks are ended instead of being told.
+    assert not any(isinstance(each, Stop) for each in ranks.heard)
     assert not driver.history.folder.exists()
+
+
+def test_ranks_that_have_nothing_to_do_are_told_to_stop(ranks: FakeRanks) -> None:
+    driver = Driver.launch(ranks, BusConfig())
+    driver.call(change(1))
+    driver.close()
+    assert isinstance(ranks.heard[-1], Stop)
 
 
 def test_closing_while_ranks_do_not_start_again_ends_soon(ranks: FakeRanks) -> None:
@@ -519,7 +527,7 @@ if not child:
     time.sleep(60)  # stands for a rank: it is to be ended
     os._exit(0)
 close = ranks.close
-ranks.close = lambda: (close(), os.kill(child, 9), os.waitpid(child, 0))
+ranks.close = lambda **how: (close(**how), os.kill(child, 9), os.waitpid(child, 0))
 print(child, flush=True)
 ranks.before = lambda command, rank: time.sleep(0.5)
 for number in range(100):
