@@ -293,9 +293,9 @@ class MegatronModel(Checkpoints):
                 f"micro_batch_size={micro_batch_size} has no effect on a pass of several adapters",
                 hint="MegatronModel(max_tokens_per_microbatch=...) bounds their micro-batches",
             )
-        for name in set(adapters):
-            resolve_pass(name, known, train=train)
         call = MixedCall(adapters, inputs, loss_inputs, self._inputs_of)
+        for batch in call.batches:
+            resolve_pass(batch.adapter, known, train=train)
         many = commands.ForwardBackwardMany if train else commands.ForwardMany
         return many(model=key, batches=call.batches), call.output
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.errors import ConfigError, MegatrainError
+from megatrain.errors import ConfigError, DataError, MegatrainError
 from megatrain.types import AdapterBatch, FloatArray, StepOutput
 
 
@@ -24,6 +24,11 @@ class MixedCall:
         Raises ConfigError unless there is one adapter, and one entry of each input, a datum.
         """
         names = list(adapters)
+        if not names:
+            raise DataError("a batch must be a list of at least one datum: got none")
+        for name in names:
+            if not isinstance(name, str):
+                raise ConfigError(f"adapter_name must be names, one a datum: got {name!r}")
         columns = {name: values for name, values in loss_inputs.items() if values is not None}
         _check_lengths(names, inputs, columns)
         self._places: dict[str, list[int]] = {}

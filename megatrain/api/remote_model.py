@@ -20,6 +20,8 @@ from megatrain.bus.commands import (
     GetState,
     OpenModel,
     SetLoss,
+    SetOptimizer,
+    SetSchedule,
 )
 from megatrain.bus.driver import Driver
 from megatrain.bus.failures import error_of
@@ -89,7 +91,10 @@ def portable(command: Command) -> Command:
             batches = [replace(each, inputs=_data(each.inputs)) for each in command.batches]
             return replace(command, batches=batches)
         case SetLoss() | ApplyPatch():
-            return replace(command, spec=importable(command.spec))
+            options = _plain(command.options)
+            return replace(command, spec=importable(command.spec), options=options)
+        case SetOptimizer() | SetSchedule() | OpenModel():
+            return replace(command, options=_plain(command.options))
         case _:
             return command
 
@@ -98,6 +103,11 @@ def importable(spec: Any) -> Any:
     """Return a class or function as `module:qualname`; a text as it is.  Raises ConfigError."""
     if isinstance(spec, str):
         return spec
+    if getattr(spec, "__self__", None) is not None and not isinstance(spec.__self__, type):
+        raise ConfigError(
+            f"{spec!r} is a method of an object, and the ranks are other processes",
+            hint="give a function, or a class, of a module",
+        )
     module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", None)
     if module is None or name is None:
         raise ConfigError(
@@ -110,6 +120,19 @@ def importable(spec: Any) -> Any:
             hint="define it at the top level of a module; a lambda or closure has no name there",
         )
     return f"{module}:{name}"
+
+
+def _plain(value: Any) -> Any:
+    """Return options as numbers, texts, lists and dicts, where arrays and the like say the same."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return str(value)
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        return _plain(value.tolist())
+    return value
 
 
 def _data(inputs: Any) -> Any:

@@ -43,10 +43,11 @@ class Address:
     def listen(self) -> socket.socket:
         """Return a listening socket.
 
-        A Unix socket is for its owner alone; one that a dead process left is replaced.
+        A Unix socket is for its owner alone; one that a dead process left is replaced.  Raises
+        ConfigError for a path where something else is, or somebody listens.
         """
         if self.path:
-            Path(self.path).unlink(missing_ok=True)
+            _make_way(Path(self.path))
             listener = socket.socket(socket.AF_UNIX)
             before = os.umask(0o177)
             try:
@@ -72,6 +73,23 @@ class Address:
             connection.close()
             raise
         return connection
+
+
+def _make_way(path: Path) -> None:
+    """Remove a socket on which nobody listens."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_socket():
+        raise ConfigError(
+            f"there is something that is no socket: {path}", hint="choose another path"
+        )
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise ConfigError(f"somebody listens at {path} already", hint="end it, or choose another path")
 
 
 def _encrypted(connection: socket.socket, config: BusConfig) -> socket.socket:

@@ -8,6 +8,7 @@ import atexit
 import collections
 import itertools
 import logging
+import os
 import threading
 import time
 from concurrent.futures import Future
@@ -31,7 +32,7 @@ from megatrain.bus.history import History
 from megatrain.bus.jobs import SEQ, Job
 from megatrain.bus.link import Link, reach
 from megatrain.bus.outstanding import Outstanding
-from megatrain.bus.pending import Answer, CommandFuture, Finish, Pending, value_alone
+from megatrain.bus.pending import Answer, Finish, Pending, value_alone
 from megatrain.bus.ranks import Ranks, RanksAt
 from megatrain.bus.supervisor import Supervisor
 from megatrain.bus.telemetry.telemetry import Telemetry
@@ -81,6 +82,7 @@ class Driver:
         self._soon: collections.deque[Command] = collections.deque()
         self._broken: MegatrainError | None = None
         self._closing = self._has_saved = False
+        self._pid = os.getpid()
         self._model_numbers = itertools.count()
         self.undone: dict[int, Future[Any]] = {}
         """Futures of commands that a driver before this one had accepted, by number."""
@@ -193,8 +195,10 @@ class Driver:
             if is_redone(command):
                 self.history.accept(seq, payload, limit)
             self.last_seq = seq
-            self._has_saved |= isinstance(command, Save) and command.background
-            future = CommandFuture(lambda: self._cancel(seq))
+            if isinstance(command, Save) and command.background:
+                self._has_saved = True
+                self.outstanding.saves_in_background(seq)
+            future = self.outstanding.new_future(lambda: self._cancel(seq))
             pending = Pending(seq, name, payload, limit, future, finish or value_alone)
             self.outstanding.pending[seq] = pending
         self.observers.tell(Event("accepted", seq, name, num_bytes=len(payload)))
@@ -258,7 +262,8 @@ class Driver:
         for seq in self.history.undone:
             if seq in known:
                 deadline_s, payload = known[seq]
-                self.undone[seq] = future = CommandFuture(lambda seq=seq: self._cancel(seq))  # type: ignore[misc]
+                future = self.outstanding.new_future(lambda seq=seq: self._cancel(seq))  # type: ignore[misc]
+                self.undone[seq] = future
                 self.outstanding.pending[seq] = Pending(
                     seq, "command", payload, deadline_s, future, value_alone
                 )
@@ -320,25 +325,41 @@ class Driver:
         Commands that wait are given up with CancelledCommandError, and ranks that do one are ended
         in the middle of it; otherwise what is saved in the background is waited for.
         """
+        if os.getpid() != self._pid:
+            return  # a child that was forked: the ranks are its parent's
         with self.state:
             if self._closing:
                 return
             self._closing = True
             is_busy = bool(self.outstanding.pending)
             self.state.notify_all()
-        self.outstanding.fail_all(
-            lambda pending: CancelledCommandError(
-                f"the driver was closed before {pending.name} was done"
-            )
-        )
+        if is_busy:
+            self._give_up_pending()
         self.supervisor.join()
         if self._broken is None and not is_busy:  # the end would wait behind what is given up
             self._say_goodbye()
         atexit.unregister(self.close)
         self.link.close()
         self.ranks.close(orderly=not is_busy)
+        self.outstanding.drain()
         self.history.close()
         self.telemetry.close()
+
+    def _give_up_pending(self) -> None:
+        """Cancel what has not begun; what ranks that go on are doing is left to them."""
+        left = sorted(self.outstanding.pending, reverse=True)
+        if isinstance(self.ranks, RanksAt):
+            left = [seq for seq in left if not self._cancel(seq)]
+        else:  # these ranks end, and nobody is to do it again
+            with self.state:
+                for seq in left:
+                    self.history.drop(seq)
+        self.outstanding.fail_all(
+            lambda pending: CancelledCommandError(
+                f"the driver was closed before {pending.name} was done",
+                hint="ranks that go on may do it all the same",
+            )
+        )
 
     def _say_goodbye(self) -> None:
         if self.link.error is not None:

@@ -1,5 +1,6 @@
 """What is done to a model on one rank, in torch and Megatron; every rank does the same."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -159,26 +160,38 @@ def resume(
     residents: Residents,
     *,
     use_previous: bool = False,
-) -> dict[str, Any]:
-    """Go on from a saved training state; return step and data position.  Collective.
+) -> tuple[dict[str, Any], str]:
+    """Go on from a saved training state.  Collective.
 
-    What is not there yet is made as it was saved: adapter, optimizer, schedule.
+    Returns step and data position, and a digest of what was read.  What is not there yet is made
+    as it was saved: adapter, optimizer, schedule.
     """
     checkpoint, record = open_state(checkpoint, trainer.network.groups, use_previous=use_previous)
     if name is None:
         known = residents.names
         name = record.adapter if record.adapter in known or not known else known[0]
     _restore(trainer, name, checkpoint, record, residents)
-    return {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}
+    place = {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}
+    return place, _digest(record)
 
 
-def load(trainer: Trainer, name: str | None, place: str, residents: Residents) -> None:
-    """Give an adapter the weights of one in PEFT's format; make it if it is not there."""
+def load(trainer: Trainer, name: str | None, place: str, residents: Residents) -> str:
+    """Give an adapter the weights of one in PEFT's format; make it if it is not there.
+
+    Returns a digest of what was read.
+    """
     with imported(trainer, place) as state:
         record = read_record(state)
         if name is None:
             name = next(iter(residents.names), record.adapter)
         _restore(trainer, name, state, record, residents)
+        return _digest(record)
+
+
+def _digest(record: StateRecord) -> str:
+    """Return what tells a state's files from others."""
+    files = sorted(f"{name}:{each.sha256}" for name, each in record.files.items())
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def _restore(

@@ -13,13 +13,22 @@ def failure_of(error: BaseException, *, rank: int, command: str) -> Failure:
     is_ours = isinstance(error, MegatrainError)
     return Failure(
         kind=type(error).__name__ if is_ours else "RankError",
-        message=error.message if isinstance(error, MegatrainError) else _said(error),
-        hint=error.hint if isinstance(error, MegatrainError) else None,
+        message=_text(error.message if isinstance(error, MegatrainError) else _said(error)),
+        hint=_text(error.hint) if isinstance(error, MegatrainError) and error.hint else None,
         rank=rank,
         host=socket.gethostname(),
         command=command,
-        traceback="".join(tracebacks.format_exception(error)),
+        traceback=_text("".join(tracebacks.format_exception(error))),
     )
+
+
+LONGEST = 1 << 16
+"""Characters of a text in an error; of a longer one the end is kept."""
+
+
+def _text(text: str) -> str:
+    """Return a text that can be sent, whatever a user's error says."""
+    return text[-LONGEST:].encode("utf-8", "replace").decode()
 
 
 def _said(error: BaseException) -> str:

@@ -88,6 +88,9 @@ def _be_a_rank(environment: dict[str, str], files: list[int]) -> NoReturn:
     os.closerange(3, 64)
     os.environ.clear()
     os.environ.update(environment)
+    known = set(sys.path)
+    sys.path += [path for path in environment["PYTHONPATH"].split(os.pathsep) if path not in known]
+    os.chdir(environment["PWD"])
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the variable was read before
     from megatrain.bus.rank_job import run  # noqa: PLC0415 - imported before
     from megatrain.bus.rank_options import RankOptions  # noqa: PLC0415

@@ -48,6 +48,8 @@ class FrameSocket:
         self._socket, self.max_bytes = connection, max_bytes
         self._until: float | None = None
         self._sending = threading.Lock()
+        self.heard_at = time.monotonic()
+        """When anything came last, be it a part of a frame."""
 
     def send(self, kind: Kind, value: Any) -> None:
         """Send one frame.  Raises BusError if the other end is gone or the frame is too large."""
@@ -104,6 +106,7 @@ class FrameSocket:
             if not count:
                 raise BusError("the other end closed the connection")
             place += count
+            self.heard_at = time.monotonic()
         return data
 
     @staticmethod
@@ -115,7 +118,10 @@ class FrameSocket:
     def limit(self, seconds: float | None) -> None:
         """Bound all reading from now on, however slowly it comes; None ends that."""
         self._until = None if seconds is None else time.monotonic() + seconds
-        self._socket.settimeout(seconds)
+        try:
+            self._socket.settimeout(seconds)
+        except OSError as error:  # it was closed meanwhile
+            raise BusError(f"the connection was lost: {error}") from error
 
     def close(self) -> None:
         """Close the connection; a thread that reads it gets BusError."""

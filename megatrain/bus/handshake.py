@@ -14,6 +14,8 @@ from typing import Any
 from megatrain.bus.frames import HANDSHAKE_BYTES, FrameSocket, Kind
 from megatrain.errors import BusError
 
+WELCOME_BYTES = 1 << 20
+"""Cap of what ranks say of themselves."""
 HANDSHAKE_S = 10.0
 """Seconds that a stranger gets."""
 
@@ -74,8 +76,9 @@ def enter(link: FrameSocket, token: bytes, session: str) -> Welcome:
     theirs, ours = _field(hello, "nonce"), secrets.token_bytes(32)
     proof = _proof(token, b"driver" + session.encode(), theirs, ours)
     link.send(Kind.HELLO, {"nonce": ours, "session": session, "proof": proof})
-    link.max_bytes = size
+    link.max_bytes = WELCOME_BYTES  # it may name thousands of ranks, but is not proved yet
     kind, answer = link.receive()
+    link.max_bytes = size
     if kind is Kind.REFUSED:
         raise refusal(answer)
     if not hmac.compare_digest(_field(answer, "proof"), _proof(token, b"ranks", ours, theirs)):

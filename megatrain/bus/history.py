@@ -51,8 +51,10 @@ class History:
         """Commands since the snapshot that must be done again, in order."""
         self.undone: dict[int, None] = {}
         """Those of them whose reply had not come when the driver before this one ended."""
-        self._failed: dict[int, bool] = {}
-        """Whether those that were answered had failed."""
+        self._ends: dict[int, bytes] = {}
+        """How those that were answered had ended: failed, or with a digest of what they read."""
+        self._in_a_hurry = False
+        """Whether a snapshot is due at once."""
         self._changed_at: float | None = None
         for record in self._journal.records:
             self._replay(record)
@@ -69,7 +71,7 @@ class History:
                 self._open[record.seq] = self.undone[record.seq] = None
             case Entry.DONE:
                 self.undone.pop(record.seq, None)
-                self._failed[record.seq] = record.payload == _FAILED
+                self._ends[record.seq] = record.payload
             case Entry.DROPPED:
                 self.undone.pop(record.seq, None)
                 self._open.pop(record.seq, None)
@@ -99,18 +101,23 @@ class History:
         with contextlib.suppress(BusError):  # a full disk: ranks say themselves what they know
             self._append(Entry.EPOCH, 0, epoch.encode())
 
-    def done(self, seq: int, *, failed: bool = False) -> None:
-        """Note that a reply has come."""
-        if seq in self._open:
-            self._failed[seq] = failed
-            with contextlib.suppress(Exception):  # it is a hint: without it, it is done again
-                self._append(Entry.DONE, seq, _FAILED if failed else b"", sync=False)
+    def done(self, seq: int, *, failed: bool = False, source: str = "") -> None:
+        """Note that a reply has come; `source` is a digest of the files that it had read.
 
-    def is_as_before(self, seq: int, *, failed: bool) -> bool:
+        Such files may be others when the command is done again: a snapshot is due at once then.
+        """
+        if seq in self._open:
+            self._ends[seq] = _FAILED if failed else source.encode()
+            self._in_a_hurry |= bool(source)
+            with contextlib.suppress(Exception):  # it is a hint: without it, it is done again
+                self._append(Entry.DONE, seq, self._ends[seq], sync=False)
+
+    def is_as_before(self, seq: int, *, failed: bool, source: str = "") -> bool:
         """Tell whether a command that was done again has ended as it did the first time."""
         if self.snapshot is not None and seq == self.snapshot[0]:
             return not failed
-        return self._failed.get(seq, failed) == failed
+        end = _FAILED if failed else source.encode()
+        return self._ends.get(seq, end) == end
 
     def drop(self, seq: int) -> None:
         """Note that a command was cancelled or given up: it is never done again."""
@@ -134,7 +141,7 @@ class History:
             return False
         age = time.monotonic() - self._changed_at
         many = len(self._open) >= self._policy.snapshot_every_commands
-        return many or age >= self._policy.snapshot_every_s
+        return self._in_a_hurry or many or age >= self._policy.snapshot_every_s
 
     def directory(self, seq: int) -> str:
         """Return where a snapshot of this number belongs."""
@@ -142,6 +149,7 @@ class History:
 
     def expect(self, seq: int, num_ranks: int) -> None:
         """Wait for the files of a snapshot that all ranks have begun to write."""
+        self._in_a_hurry = False
         self._awaited = seq, self.directory(seq), num_ranks, time.monotonic()
 
     def forget_expected(self) -> None:
@@ -186,7 +194,7 @@ class History:
         ]
         self._journal.compact([*head, *kept])
         self.snapshot, self._open = (seq, directory), still_open
-        self._failed = {each: failed for each, failed in self._failed.items() if each > seq}
+        self._ends = {each: end for each, end in self._ends.items() if each > seq}
         self._changed_at = time.monotonic() if self._open else None
         self._remove_others()
         logger.info("snapshot of all up to command %d: %s", seq, directory)

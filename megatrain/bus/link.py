@@ -39,7 +39,15 @@ class Link:
         """What rank 0 said of ranks that cannot go on."""
         self.health: dict[str, Any] = {}
         """The last beats of all ranks, and how many commands wait."""
-        self.heard_at = time.monotonic()
+
+    @property
+    def heard_at(self) -> float:
+        """When rank 0 was heard last, on time.monotonic's clock."""
+        return self._frames.heard_at
+
+    @heard_at.setter
+    def heard_at(self, value: float) -> None:
+        self._frames.heard_at = value
 
     def check_mesh(self, mesh: DeviceMesh | None) -> DeviceMesh:
         """Return the ranks' mesh.  Hangs up and raises ConfigError if it is not the one given."""
@@ -66,7 +74,6 @@ class Link:
         try:
             while True:
                 kind, body = self._frames.receive_encoded()
-                self.heard_at = time.monotonic()
                 match kind:
                     case Kind.REPLY:
                         reply(SEQ.unpack_from(body)[0], decode(body[SEQ.size :]), len(body))

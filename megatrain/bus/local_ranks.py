@@ -14,7 +14,11 @@ from megatrain.bus.address import Address
 from megatrain.bus.rank_options import RankOptions
 from megatrain.bus.rank_process import RankProcess, how_it_ended, spawner
 from megatrain.config.bus import BusConfig
-from megatrain.parallel.environment import rank_environment, rank_variables
+from megatrain.parallel.environment import (
+    import_variables,
+    rank_environment,
+    rank_variables,
+)
 from megatrain.parallel.layout import DeviceMesh
 
 KEPT_LINES = 200
@@ -69,7 +73,7 @@ class LocalRanks:
             rendezvous=str(self._folder / f"{self._starts}.port"),
         )
         world = self.mesh.world_size
-        environment = rank_environment(world) | options.to_environment()
+        environment = rank_environment(world) | import_variables() | options.to_environment()
         self._output = [collections.deque(maxlen=KEPT_LINES) for _ in range(world)]
         for rank in range(world):
             process = self._spawner.spawn(environment | rank_variables(rank, world))

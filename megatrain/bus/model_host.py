@@ -44,16 +44,16 @@ from megatrain.bus.metrics import Metrics
 from megatrain.bus.residents import Residents
 from megatrain.config.lora import LoraSpec
 from megatrain.config.model import ModelConfig
-from megatrain.errors import ConfigError, StateError
+from megatrain.errors import ConfigError, MegatrainError, StateError
 from megatrain.export.state.collect import gradients
 from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
 from megatrain.train.loss import Loss
 from megatrain.train.mixed_collect import Results
-from megatrain.train.mixed_step import run_mixed
+from megatrain.train.mixed_step import check_share, run_mixed
 from megatrain.train.step import BASE, Trainer
 from megatrain.train.utilisation import Utilisation
-from megatrain.types import StepOutput
+from megatrain.types import Fetches, StepOutput
 
 
 class ModelHost:
@@ -74,6 +74,8 @@ class ModelHost:
         self.metrics: dict[str, Metrics] = {}
         self.loss_choices: dict[str, SetLoss] = {}
         """The last SetLoss of each adapter that has had one."""
+        self.last_source = ""
+        """Digest of what the last Load or Resume has read."""
         self.patches: list[ApplyPatch] = []
         """Patches that were applied, in order."""
 
@@ -191,7 +193,9 @@ class ModelHost:
             case WaitForSave():
                 return engine.wait_for_save(trainer)
             case Load():
-                return engine.load(trainer, command.adapter, command.place, self.residents)
+                place, residents = command.place, self.residents
+                self.last_source = engine.load(trainer, command.adapter, place, residents)
+                return None
             case Resume():
                 return self._resume(command)
             case ForwardBackwardMany() | ForwardMany():
@@ -226,16 +230,31 @@ class ModelHost:
     def _many(self, command: ForwardBackwardMany | ForwardMany) -> Results:
         """Run a pass of several adapters; of more than fit on the device, one after the other."""
         train, results = isinstance(command, ForwardBackwardMany), Results()
+        if train:
+            self._check_many(command)
         at_once = self.trainer.network.config.max_loras or len(command.batches) or 1
         for start in range(0, len(command.batches), at_once):
             batches = command.batches[start : start + at_once]
             self.residents.bring([each.adapter for each in batches if each.adapter in self.trained])
             began = time.perf_counter()
-            some = run_mixed(self.trainer, batches, train=train)
+            try:
+                some = run_mixed(self.trainer, batches, train=train)
+            except MegatrainError as error:
+                if not results:
+                    raise
+                # Those before have their gradients: what is wrong is these adapters' own.
+                some = Results({each.adapter: error for each in batches})
             if train:
                 self._count(some, time.perf_counter() - began)
             results |= some
         return results
+
+    def _check_many(self, command: ForwardBackwardMany | ForwardMany) -> None:
+        """Raise what is wrong with any adapter's data before the first of them is changed."""
+        for batch in command.batches:
+            loss = self.loss(batch.adapter)
+            if loss is not None and not isinstance(batch.inputs, Fetches):
+                check_share(self.trainer.network, batch, loss)
 
     def _count(self, results: Results, seconds: float) -> None:
         """Count a pass for each adapter, with its share of the time by tokens."""
@@ -279,13 +298,14 @@ class ModelHost:
         return applied
 
     def _resume(self, command: Resume) -> dict[str, Any]:
-        return engine.resume(
+        place, self.last_source = engine.resume(
             self.trainer,
             command.adapter,
             Path(command.checkpoint),
             self.residents,
             use_previous=command.use_previous,
         )
+        return place
 
     def _save(self, command: Save) -> str:
         phase.enter(phase.SAVING)

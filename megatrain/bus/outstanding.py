@@ -1,5 +1,6 @@
 """Commands that a driver waits for, and those that new ranks do again.  No torch."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,11 @@ from megatrain.bus.failures import error_of
 from megatrain.bus.history import History
 from megatrain.bus.pending import CommandFuture, Pending, reply_event, resolve
 from megatrain.errors import CancelledCommandError, MegatrainError, RankError
+
+WAITING = ("Save", "WaitForSave")
+"""Commands that end when every save in the background before them is whole."""
+DRAIN_S = 10.0
+"""Seconds that callbacks of futures get when a driver is closed."""
 
 
 class Outstanding:
@@ -29,6 +35,29 @@ class Outstanding:
         self.pending: dict[int, Pending] = {}
         self.replayed: set[int] = set()
         """Commands that ranks which started anew were told again, and have not answered."""
+        self._background_saves: set[int] = set()
+        """Saves in the background that nobody has waited for yet."""
+        self._callbacks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        threading.Thread(target=self._call_back, name="bus-futures", daemon=True).start()
+
+    def _call_back(self) -> None:
+        while True:
+            self._callbacks.get()()
+
+    def new_future(self, cancel: Callable[[], bool]) -> CommandFuture:
+        """Return a future whose callbacks run on a thread of their own, and hold up nobody."""
+        return CommandFuture(cancel, self._callbacks.put)
+
+    def drain(self) -> None:
+        """Wait for callbacks of what was answered."""
+        reached = threading.Event()
+        self._callbacks.put(reached.set)
+        if threading.current_thread().name != "bus-futures":
+            reached.wait(DRAIN_S)
+
+    def saves_in_background(self, seq: int) -> None:
+        """Note that a command saves in the background: it is done again until it is known whole."""
+        self._background_saves.add(seq)
 
     def on_reply(self, seq: int, reply: dict[str, Any], num_bytes: int) -> None:
         """Resolve the future of a command."""
@@ -40,16 +69,27 @@ class Outstanding:
             if pending is not None and _is_cancelled(failure):
                 self._history.drop(seq)  # the answer to the cancellation itself was lost
             elif pending is not None:
-                self._history.done(seq, failed=failure is not None)
+                self._history.done(seq, failed=failure is not None, source=_source(reply))
+                if failure is None and pending.name in WAITING:
+                    self._saved_before(seq)
             self._state.notify_all()
         if pending is None:  # done again for its effect
-            if was_replayed and not self._history.is_as_before(seq, failed=failure is not None):
+            is_same = self._history.is_as_before(
+                seq, failed=failure is not None, source=_source(reply)
+            )
+            if was_replayed and not is_same:
                 self._give_up(_mismatch(seq, failure))
             return
         if pending.answer is not None:
             pending.answer.set(False)
         self._observers.tell(reply_event(pending, reply, num_bytes))
         resolve(pending, reply)
+
+    def _saved_before(self, seq: int) -> None:
+        """Saves before this command are whole: doing one again would undo a later one."""
+        for each in [save for save in self._background_saves if save < seq]:
+            self._background_saves.discard(each)
+            self._history.drop(each)
 
     def on_cancelled(self, seq: int, in_time: bool) -> None:
         """Hear whether a cancellation was in time."""
@@ -97,13 +137,21 @@ class Outstanding:
             pending.answer.set(False)
 
 
+def _source(reply: dict[str, Any]) -> str:
+    return str(reply.get("source") or "")
+
+
 def _is_cancelled(failure: Any) -> bool:
     return isinstance(failure, Failure) and failure.kind == CancelledCommandError.__name__
 
 
 def _mismatch(seq: int, failure: Any) -> RankError:
     """Return the error of ranks that started anew and are not what they were."""
-    said = error_of(failure).message if isinstance(failure, Failure) else "it did not fail now"
+    said = (
+        error_of(failure).message
+        if isinstance(failure, Failure)
+        else "it succeeded, or read other files"
+    )
     return RankError(
         f"ranks that started anew could not be brought to where they were: command {seq} did not "
         f"end as it had before: {said}",

@@ -20,9 +20,16 @@ CANCEL_S = 30.0
 class CommandFuture(Future[Any]):
     """The future of a command on the ranks.  `cancel` works until the ranks begin with it."""
 
-    def __init__(self, ask: Callable[[], bool]) -> None:
+    def __init__(
+        self, ask: Callable[[], bool], defer: Callable[[Callable[[], object]], object]
+    ) -> None:
+        """`ask` asks the ranks to leave it out; `defer` has callbacks run on another thread."""
         super().__init__()
-        self._ask = ask
+        self._ask, self._defer = ask, defer
+
+    def _invoke_callbacks(self) -> None:
+        """Run callbacks elsewhere: whoever sets the result reads what ranks say."""
+        self._defer(super()._invoke_callbacks)  # type: ignore[misc]
 
     def cancel(self) -> bool:
         """Ask the ranks to leave it out; tell whether they will.  Waits for a round trip."""

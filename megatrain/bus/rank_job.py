@@ -120,14 +120,14 @@ def _die_with_input() -> None:
 def _store(options: RankOptions, rank: int, world: int) -> Any:
     """Return the ranks' store: torchrun's, or one that rank 0 keeps and a file leads to."""
     if options.rendezvous is None and world == 1 and "MASTER_ADDR" not in os.environ:
-        return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return _kept_store()
     if options.rendezvous is None:
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"megatrain/{attempt}", store)
     path = Path(options.rendezvous)
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = _kept_store()
         hidden = path.with_suffix(".partial")
         hidden.write_text(str(store.port))
         hidden.rename(path)
@@ -139,6 +139,19 @@ def _store(options: RankOptions, rank: int, world: int) -> Any:
         time.sleep(0.02)
     port = int(path.read_text())
     return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+
+
+def _kept_store() -> Any:
+    """Return a store that this process keeps, for this host alone."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _own(store: Any, timeout_s: float) -> Any:

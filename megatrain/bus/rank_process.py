@@ -129,6 +129,7 @@ class ForkServer:
     """The driver's end of fork_server.py.  It is started when the first rank is."""
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._answers: list[int] = []
@@ -227,7 +228,9 @@ class ForkServer:
             return self._answers.pop(0)
 
     def close(self) -> None:
-        """End the server."""
+        """End the server; a child of its process does nothing."""
+        if os.getpid() != self._pid:
+            return
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)

@@ -64,7 +64,13 @@ class Residents:
         for name in names:
             if name not in self._used:
                 self._make_room(keep=names)
-                put_back(self._trainer, name, self._taken(name), seed=self._seed)
+                try:
+                    put_back(self._trainer, name, self.record(name), seed=self._seed)
+                except BaseException:
+                    if name in self._trainer.trained:
+                        self._trainer.delete(name)
+                    raise
+                self._forget_copy(name)
                 if (loss := self._losses.pop(name, None)) is not None:
                     self._trainer.trained[name].loss = loss
                 self._used[name] = None
@@ -83,10 +89,8 @@ class Residents:
         if name in self._used:
             del self._used[name]
             self._trainer.delete(name)
-        self._in_memory.pop(name, None)
         self._losses.pop(name, None)
-        if (path := self._on_disk.pop(name, None)) is not None:
-            shutil.rmtree(path, ignore_errors=True)
+        self._forget_copy(name)
 
     def adopt(self, name: str, record: AdapterRecord) -> None:
         """Take an adapter in that is on no device yet; the base goes there at once.  Collective."""
@@ -133,20 +137,17 @@ class Residents:
             path = self._folder / name
             try:
                 _write(path, self._in_memory[name])
-            except OSError as error:
+            except (OSError, TypeError, ValueError) as error:
                 shutil.rmtree(path, ignore_errors=True)
                 logger.warning("adapter %r stays in memory: %s", name, error)
                 return
             del self._in_memory[name]
             self._on_disk[name] = path
 
-    def _taken(self, name: str) -> AdapterRecord:
-        if name in self._in_memory:
-            return self._in_memory.pop(name)
-        path = self._on_disk.pop(name)
-        record = _read(path)
-        shutil.rmtree(path, ignore_errors=True)
-        return record
+    def _forget_copy(self, name: str) -> None:
+        self._in_memory.pop(name, None)
+        if (path := self._on_disk.pop(name, None)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, record: AdapterRecord) -> None:

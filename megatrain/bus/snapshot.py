@@ -41,12 +41,13 @@ def take(directory: Path, hosts: dict[str, ModelHost], session: Session) -> None
     tensors: dict[str, Tensor] = {}
     models = {key: _describe(key, host, tensors) for key, host in hosts.items()}
     rank, layout = session.groups.rank, session.groups.mesh.to_dict()
+    text = json.dumps(models)  # what JSON cannot hold is said now
 
     def write() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         values = rank_file(directory, rank, "safetensors")
         _appear(values, lambda path: save_file(tensors, path))
-        record = {"layout": layout, "checksum": checksum(values), "models": models}
+        record = {"layout": layout, "checksum": checksum(values), "models": json.loads(text)}
         _appear(
             rank_file(directory, rank, "json"), lambda path: path.write_text(json.dumps(record))
         )

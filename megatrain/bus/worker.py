@@ -26,11 +26,13 @@ from megatrain.bus.commands import (
     ForwardMany,
     GetState,
     Inspect,
+    Load,
     OpenModel,
     Ping,
     Profile,
     RankCommand,
     RestoreSnapshot,
+    Resume,
     Stop,
     TakeSnapshot,
 )
@@ -256,7 +258,8 @@ class Worker:
                 name: self._failure(each, command) if isinstance(each, Exception) else each
                 for name, each in value.items()
             }
-        return {"value": value, "trained": trained}
+        source = host.last_source if host and isinstance(command, Load | Resume) else ""
+        return {"value": value, "trained": trained, "source": source}
 
 
 def _tokens(value: Any) -> int:

@@ -1,6 +1,7 @@
 """The environment of ranks that are started on this host.  No torch."""
 
 import os
+import sys
 
 
 def rank_environment(num_ranks: int) -> dict[str, str]:
@@ -14,6 +15,12 @@ def rank_environment(num_ranks: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     return defaults | os.environ
+
+
+def import_variables() -> dict[str, str]:
+    """Return what lets a rank import what this process can, and find files by the same paths."""
+    paths = [path or os.getcwd() for path in sys.path]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PWD": os.getcwd()}
 
 
 def rank_variables(rank: int, num_ranks: int) -> dict[str, str]:

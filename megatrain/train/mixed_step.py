@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatrain.errors import ConfigError, MegatrainError, NonFiniteError, StateError
+from megatrain.errors import ConfigError, MegatrainError, StateError
+from megatrain.model.network import Network
 from megatrain.parallel.dropout import seed_dropout
 from megatrain.train.agree import agree
 from megatrain.train.call import Call, divisor_of
@@ -21,7 +22,7 @@ from megatrain.train.loss_inputs import check_names
 from megatrain.train.mixed_collect import Results, collect_mixed
 from megatrain.train.mixed_objective import MixedObjective
 from megatrain.train.mixed_plan import MixedPlan, Share
-from megatrain.train.step import BASE, Trainer
+from megatrain.train.step import BASE, Trained, Trainer
 from megatrain.types import AdapterBatch, Fetches, StepOutput
 
 
@@ -32,7 +33,7 @@ def run_mixed(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool)
     result is the error; the others go on.  Raises DataError, ConfigError or StateError, naming the
     adapter, before anything has changed.
     """
-    _check_names(trainer, batches, train=train)
+    check_names_of(trainer.trained, batches, train=train)
     losses = {each.adapter: _loss(trainer, each, train=train) for each in batches}
     together = [b for b in batches if _can_share(trainer, b.adapter, losses[b.adapter], train)]
     if len(together) < 2:
@@ -49,14 +50,22 @@ def run_mixed(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool)
     return {batch.adapter: results[batch.adapter] for batch in batches}
 
 
-def _check_names(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool) -> None:
+def check_share(network: Network, batch: AdapterBatch, loss: Loss) -> None:
+    """Raise DataError or ConfigError, naming the adapter, for data that cannot be trained on."""
+    _share(network, batch, loss, 0, train=True)
+
+
+def check_names_of(
+    trained: Mapping[str, Trained], batches: Sequence[AdapterBatch], *, train: bool
+) -> None:
+    """Raise ConfigError or StateError for adapters that are not there, or there twice."""
     names = [batch.adapter for batch in batches]
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"a pass of several adapters names each once: {names}")
     for name in names:
-        if name not in trainer.trained and (train or name != BASE):
+        if name not in trained and (train or name != BASE):
             raise StateError(f"there is no adapter called {name!r}")
-        if train and trainer.trained[name].gradients.is_reduced:
+        if train and trained[name].gradients.is_reduced:
             raise StateError(
                 f"gradients of {name!r} were already summed over ranks by clip_grad_norm",
                 hint="call step and zero_grad before the next forward_backward",
@@ -81,7 +90,7 @@ def _alone(trainer: Trainer, batch: AdapterBatch, *, train: bool) -> StepOutput 
     run = trainer.forward_backward if train else trainer.forward_only
     try:
         return run(batch.adapter, batch.inputs, batch.loss_inputs)
-    except NonFiniteError as error:
+    except MegatrainError as error:  # others may have their gradients already
         return error
 
 
@@ -93,7 +102,7 @@ def _plan(
     try:
         shares, start = [], 0
         for batch in batches:
-            shares.append(_share(trainer, batch, losses[batch.adapter], start, train=train))
+            shares.append(_share(network, batch, losses[batch.adapter], start, train=train))
             start += sum(datum.size for datum in shares[-1].data)
         plan = MixedPlan(shares, groups, max_tokens=network.config.max_tokens_per_microbatch)
         for number, batch in enumerate(batches):
@@ -109,10 +118,10 @@ def _plan(
     return plan, micro_batches
 
 
-def _share(trainer: Trainer, batch: AdapterBatch, loss: Loss, start: int, *, train: bool) -> Share:
+def _share(network: Network, batch: AdapterBatch, loss: Loss, start: int, *, train: bool) -> Share:
     try:
         check_names(loss, batch.loss_inputs)
-        rules = BatchRules(trainer.network.vocab_size, loss, train=train)
+        rules = BatchRules(network.vocab_size, loss, train=train)
         data = check_batch(batch.inputs, rules, batch.loss_inputs)
         divisor = divisor_of(loss, data, train=train)
     except MegatrainError as error:

@@ -272,3 +272,19 @@ STEPS = {"num_warmup_steps": 2, "num_training_steps": 10}
 def bad_memory(folder: Any) -> Any:
     """Return the error of a limit for memory without one for the device."""
     return error_of(lambda: make_model(folder, {}, max_cpu_loras=1))
+
+
+def refused(folder: Any) -> Any:
+    """Return gradients before and after a pass in turns, of which the second has a bad label."""
+    model = make_model(folder, {}, max_loras=1)
+    for name in ("a", "b"):
+        lora = {"r": 4, "init_lora_weights": False, "target_modules": DENSE, "lora_dropout": 0.1}
+        model.add_adapter_to_model(name, lora)
+    batch = random_batch(3, seed=2)[1:]
+    model.forward_backward(inputs=batch, adapter_name=["a", "b"])
+    before = [_norm(model, name) for name in ("a", "b")]
+    bad = {**batch[1], "labels": [10_000_000] * len(batch[1]["labels"])}
+    error = error_of(
+        lambda: model.forward_backward(inputs=[batch[0], bad], adapter_name=["a", "b"])
+    )
+    return before, [_norm(model, name) for name in ("a", "b")], error

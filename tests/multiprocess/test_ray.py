@@ -23,7 +23,7 @@ from megatrain.parallel.layout import DeviceMesh
 from tests.multiprocess import ray_tasks
 from tests.multiprocess.data import random_batch
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 BATCHES = [random_batch(4, seed=seed) for seed in range(3)]
 MESH = DeviceMesh(tp=2)

@@ -123,3 +123,9 @@ def test_adapters_that_leave_the_device_come_back_as_they_were(mesh, ranks, chec
 def test_memory_for_adapters_is_refused_where_it_has_no_effect(ranks, checkpoints):
     error = ranks.run(tenant_tasks.bad_memory, None, checkpoints("qwen3"))[0]
     assert "max_cpu_loras=1 has no effect without max_loras" in error[1]
+
+
+def test_a_refused_pass_changes_no_adapter_however_it_would_be_split(ranks, checkpoints):
+    for before, after, error in ranks.run(tenant_tasks.refused, None, checkpoints("qwen3"))[:1]:
+        assert "adapter 'b'" in error[1]
+        assert before == after

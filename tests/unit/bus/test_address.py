@@ -180,3 +180,17 @@ def test_a_certificate_that_cannot_be_used_is_a_config_error(
         key = certificates["others"][1]
     with pytest.raises(ConfigError, match="certificate"):
         server_context(BusConfig(certificate=certificate, private_key=key))
+
+
+def test_a_socket_takes_the_place_of_nothing_but_a_dead_socket(tmp_path):
+    path = tmp_path / "precious.txt"
+    path.write_text("precious")
+    with pytest.raises(ConfigError, match="no socket"):
+        Address(path=str(path)).listen()
+    assert path.read_text() == "precious"
+    address = Address(path=str(tmp_path / "s"))
+    first = address.listen()
+    with pytest.raises(ConfigError, match="listens"):
+        address.listen()
+    first.close()
+    address.listen().close()
