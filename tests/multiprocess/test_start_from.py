@@ -77,6 +77,7 @@ def test_a_run_goes_on_from_another_runs_adapter(ranks, base, data, tmp_path):
     assert abs(lines_of(tmp_path / "one")[0] - losses[3]) <= TOLERANCE
 
 
+@pytest.mark.local_only
 @pytest.mark.parametrize("recipe", ["dpo", "kto"])
 def test_preferences_are_compared_with_the_adapter_that_training_starts_from(
     recipe, ranks, base, data, tmp_path
