@@ -69,6 +69,12 @@ def _check_adapter(trainer: Trainer, name: str, record: StateRecord) -> None:
         for module in sorted(theirs.keys() | ours.keys())
         if theirs.get(module) != ours.get(module)
     ]
+    if other:  # said in the words of the options, too, where those are short
+        other[:0] = [
+            f"{key}: saved {getattr(saved, key)}, here {getattr(here, key)}"
+            for key in ("r", "lora_alpha", "use_rslora")
+            if getattr(saved, key) != getattr(here, key)
+        ]
     text = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
     # A pipeline stage knows its own layers, and all ranks go on or none does.
     found = next(filter(None, texts_of_all(text, network.groups)), None)
