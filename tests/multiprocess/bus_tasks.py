@@ -13,6 +13,7 @@ import torch
 
 import megatrain
 from megatrain.bus.driver import Driver
+from megatrain.bus.events import Event
 from megatrain.model.patch import Patch
 from megatrain.parallel import phase
 from megatrain.parallel.layout import DeviceMesh
@@ -161,3 +162,14 @@ def is_locked(folder: Path) -> bool:
         except OSError:
             return True
     return False
+
+
+NAMED_S = 5.0
+"""Seconds within which a loss is named."""
+
+
+def losses_of(driver: Any) -> list[Event]:
+    """Return a list that each loss is added to."""
+    found: list[Event] = []
+    driver.observers.add(lambda event: found.append(event) if event.kind == "lost" else None)
+    return found

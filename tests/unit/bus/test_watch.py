@@ -244,7 +244,9 @@ def test_a_pulse_tells_what_its_rank_does_and_takes_a_stack_when_it_is_late() ->
         pulse.fail()
         pulse.end(tokens=12)
         pulse.begin(6, "a command", 60.0)
-        time.sleep(0.1)
+        limit = time.monotonic() + 5.0
+        while told(store)["seq"] != 6 and time.monotonic() < limit:
+            time.sleep(0.01)
         after = told(store)
         assert (after["seq"], after["tokens"], after["failed"], after["stack"]) == (
             6,
