@@ -16,6 +16,10 @@ STANDARD = {
     errors.StateError: RuntimeError,
     errors.NonFiniteError: ArithmeticError,
     errors.PlatformError: RuntimeError,
+    errors.BusError: ConnectionError,
+    errors.RankError: ConnectionError,
+    errors.DeadlineError: TimeoutError,
+    errors.CancelledCommandError: ConnectionError,
 }
 
 

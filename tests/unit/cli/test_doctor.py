@@ -56,8 +56,16 @@ def test_plain_text_says_the_same_when_rich_is_missing(torch_answers: None) -> N
 
 def test_a_b200_with_an_affected_nccl_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    (line,) = doctor.notes((Gpu(0, "NVIDIA B200", (10, 0), 183359),), TORCH)
-    assert line.startswith("NCCL_P2P_DISABLE=1 (will be set)")
+    lines = doctor.notes((Gpu(0, "NVIDIA B200", (10, 0), 183359),), TORCH)
+    assert lines[0].startswith("NCCL_P2P_DISABLE=1 (will be set)")
+
+
+def test_the_interface_that_ranks_talk_over_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "GLOO_SOCKET_IFNAME=lo (will be set)" in doctor.notes((), TORCH)[-1]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert doctor.notes((), TORCH)[-1] == "GLOO_SOCKET_IFNAME=eth7 (you have set it)"
 
 
 def test_a_gpu_that_torch_cannot_use_is_noted() -> None:
