@@ -1,16 +1,18 @@
 """What a model writes and reads: adapters, checkpoints, states to go on from."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from megatrain.bus import commands
 
 
-class Checkpoints:
+class Checkpoints(ABC):
     """The part of MegatronModel that saves and loads."""
 
+    @abstractmethod
     def _call(self, command: Any, /, **fields: Any) -> Any:
-        raise NotImplementedError
+        """Have a command done, on this rank or on others, and return its result."""
 
     def save(
         self,

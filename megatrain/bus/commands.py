@@ -107,8 +107,8 @@ class ApplyPatch(Command):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardBackward(AdapterCommand):
-    """Add the gradients of a global batch."""
+class Pass(AdapterCommand):
+    """A command about one adapter and a global batch."""
 
     deadline_s: ClassVar[float] = PASS_S
     inputs: Sequence[InputFeature]
@@ -119,16 +119,15 @@ class ForwardBackward(AdapterCommand):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forward(AdapterCommand):
+class ForwardBackward(Pass):
+    """Add the gradients of a global batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward(Pass):
     """Return log-probabilities and the loss of a global batch."""
 
     mutates: ClassVar[bool] = False
-    deadline_s: ClassVar[float] = PASS_S
-    inputs: Sequence[InputFeature]
-    loss_inputs: Mapping[str, Any] = field(default_factory=dict)
-    micro_batch_size: int | None = None
-    prepare: Callable[[Any], Any] | None = None
-    """Makes InputFeatures of `inputs`; never sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

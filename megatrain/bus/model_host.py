@@ -50,10 +50,10 @@ from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
 from megatrain.train.loss import Loss
 from megatrain.train.mixed_collect import Results
-from megatrain.train.mixed_step import check_share, run_mixed
+from megatrain.train.mixed_step import check_shares, run_mixed
 from megatrain.train.step import BASE, Trainer
 from megatrain.train.utilisation import Utilisation
-from megatrain.types import Fetches, StepOutput
+from megatrain.types import StepOutput
 
 
 class ModelHost:
@@ -230,9 +230,10 @@ class ModelHost:
     def _many(self, command: ForwardBackwardMany | ForwardMany) -> Results:
         """Run a pass of several adapters; of more than fit on the device, one after the other."""
         train, results = isinstance(command, ForwardBackwardMany), Results()
-        if train:
-            self._check_many(command)
         at_once = self.trainer.network.config.max_loras or len(command.batches) or 1
+        if train and len(command.batches) > at_once:
+            losses = {each.adapter: self.residents.loss(each.adapter) for each in command.batches}
+            check_shares(self.trainer.network, command.batches, losses)
         for start in range(0, len(command.batches), at_once):
             batches = command.batches[start : start + at_once]
             self.residents.bring([each.adapter for each in batches if each.adapter in self.trained])
@@ -248,13 +249,6 @@ class ModelHost:
                 self._count(some, time.perf_counter() - began)
             results |= some
         return results
-
-    def _check_many(self, command: ForwardBackwardMany | ForwardMany) -> None:
-        """Raise what is wrong with any adapter's data before the first of them is changed."""
-        for batch in command.batches:
-            loss = self.loss(batch.adapter)
-            if loss is not None and not isinstance(batch.inputs, Fetches):
-                check_share(self.trainer.network, batch, loss)
 
     def _count(self, results: Results, seconds: float) -> None:
         """Count a pass for each adapter, with its share of the time by tokens."""

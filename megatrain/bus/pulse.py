@@ -67,9 +67,11 @@ class Pulse:
         while not self._stopped.wait(self._interval_s):
             try:
                 self._tell()
-            except Exception:  # noqa: BLE001 - any error means that the store is gone
+            except Exception as error:  # noqa: BLE001 - who cannot say so counts as lost anyway
                 if not self._stopped.is_set():
-                    os.write(2, b"the ranks' store is gone: this rank ends\n")
+                    os.write(
+                        2, f"no sign of life can be given: {error!r}: this rank ends\n".encode()
+                    )
                     os._exit(EXIT_LOST)
 
     def _tell(self) -> None:
@@ -91,10 +93,13 @@ class Pulse:
 
 def _stack() -> str:
     """Return the Python stacks of all threads of this process."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace")
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read().decode(errors="replace")
+    except OSError as error:  # a full disk is no reason to end
+        return f"its stack could not be taken: {error}"
 
 
 def _resident() -> int:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatrain.bus.adapter_record import AdapterRecord, copied, put_back, take_down
@@ -154,7 +155,7 @@ def _write(path: Path, record: AdapterRecord) -> None:
     path.mkdir(mode=0o700)
     try:
         save_file(record.tensors, path / "tensors.safetensors")
-    except Exception as error:  # safetensors has an error of its own for a full disk
+    except SafetensorError as error:  # its own error for a full disk
         raise OSError(str(error)) from error
     (path / "values.json").write_text(json.dumps(record.values))
 

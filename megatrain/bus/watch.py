@@ -60,10 +60,14 @@ class Watch:
         while not self._stopped.wait(interval):
             try:
                 data = self._store.multi_get([key(rank) for rank in self._ranks])
-                beats = [read_beat(each) for each in data]
             except Exception as error:  # noqa: BLE001 - any error means that the store is gone
                 if not self._stopped.is_set():
                     self._lost(Loss((), f"the ranks' store is gone: {error}"))
+                return
+            try:
+                beats = [read_beat(each) for each in data]
+            except (TypeError, ValueError) as error:
+                self._lost(Loss((), f"the ranks' store holds what no rank has said: {error}"))
                 return
             if loss := self.judge(beats, time.monotonic()):
                 if not self._stopped.is_set():

@@ -93,7 +93,8 @@ class Worker:
         try:
             command = decode(job.payload)
             parts = split(command, self._models.get(command.model))
-        except Exception:  # noqa: BLE001 - every rank will see it, and say what is wrong
+        except Exception as error:  # noqa: BLE001 - every rank gets all, and says what is wrong
+            logger.warning("a large command goes whole to all ranks: %r", error)
             return job
         if parts is None:
             return job

@@ -38,21 +38,37 @@ def run_mixed(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool)
     together = [b for b in batches if _can_share(trainer, b.adapter, losses[b.adapter], train)]
     if len(together) < 2:
         together = []
+    if train and len(batches) > 1:  # what is wrong is said before the first one is changed
+        alone = [batch for batch in batches if all(batch is not each for each in together)]
+        if alone:
+            check_shares(trainer.network, alone, losses)
     plan = None
     if together:
         plan = _plan(trainer, together, losses, train=train)
     results: Results = {}
     for batch in batches:
-        if batch not in together:
+        if all(batch is not each for each in together):
             results[batch.adapter] = _alone(trainer, batch, train=train)
     if plan is not None:
         results |= _together(trainer, plan, train=train)
     return {batch.adapter: results[batch.adapter] for batch in batches}
 
 
-def check_share(network: Network, batch: AdapterBatch, loss: Loss) -> None:
-    """Raise DataError or ConfigError, naming the adapter, for data that cannot be trained on."""
-    _share(network, batch, loss, 0, train=True)
+def check_shares(
+    network: Network, batches: Sequence[AdapterBatch], losses: Mapping[str, Loss]
+) -> None:
+    """Raise what is wrong with any adapter's data, before the first of them is changed.
+
+    Rows that are still to be fetched are left to the pass.  Raises DataError or ConfigError on
+    every rank if any rank refuses its batch or has another one.  Collective.
+    """
+    there = [batch for batch in batches if not isinstance(batch.inputs, Fetches)]
+    try:
+        shares = [_share(network, each, losses[each.adapter], 0, train=True) for each in there]
+    except Exception:  # a row's reader and a loss are anybody's code; others wait in agree
+        agree(None, network.groups)
+        raise
+    agree([datum.digest for share in shares for datum in share.data], network.groups)
 
 
 def check_names_of(

@@ -274,9 +274,9 @@ def bad_memory(folder: Any) -> Any:
     return error_of(lambda: make_model(folder, {}, max_cpu_loras=1))
 
 
-def refused(folder: Any) -> Any:
+def refused(folder: Any, options: dict[str, Any]) -> Any:
     """Return gradients before and after a pass in turns, of which the second has a bad label."""
-    model = make_model(folder, {}, max_loras=1)
+    model = make_model(folder, {}, **options)
     for name in ("a", "b"):
         lora = {"r": 4, "init_lora_weights": False, "target_modules": DENSE, "lora_dropout": 0.1}
         model.add_adapter_to_model(name, lora)
@@ -288,3 +288,17 @@ def refused(folder: Any) -> Any:
         lambda: model.forward_backward(inputs=[batch[0], bad], adapter_name=["a", "b"])
     )
     return before, [_norm(model, name) for name in ("a", "b")], error
+
+
+def refused_by_one(folder: Any, options: dict[str, Any]) -> Any:
+    """Return the error of a pass whose second adapter has a bad label on the last rank alone."""
+    from megatrain.api.session import current_session
+
+    model = make_model(folder, {}, **options)
+    lora = {"r": 4, "init_lora_weights": False, "target_modules": DENSE, "lora_dropout": 0.1}
+    for name in ("a", "b"):
+        model.add_adapter_to_model(name, lora)
+    batch = random_batch(3, seed=2)[1:]
+    if current_session().groups.rank == 1:
+        batch[1] = {**batch[1], "labels": [10_000_000] * len(batch[1]["labels"])}
+    return error_of(lambda: model.forward_backward(inputs=batch, adapter_name=["a", "b"]))

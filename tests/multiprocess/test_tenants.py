@@ -125,7 +125,23 @@ def test_memory_for_adapters_is_refused_where_it_has_no_effect(ranks, checkpoint
     assert "max_cpu_loras=1 has no effect without max_loras" in error[1]
 
 
-def test_a_refused_pass_changes_no_adapter_however_it_would_be_split(ranks, checkpoints):
-    for before, after, error in ranks.run(tenant_tasks.refused, None, checkpoints("qwen3"))[:1]:
+@pytest.mark.parametrize("options", [{"max_loras": 1}, {}], ids=["in turns", "alone"])
+@pytest.mark.parametrize("mesh", [DeviceMesh(), DeviceMesh(dp=2)], ids=["1", "dp2"])
+def test_a_refused_pass_changes_no_adapter_however_it_would_be_split(
+    mesh, options, ranks, checkpoints
+):
+    for before, after, error in ranks.run(
+        tenant_tasks.refused, mesh, checkpoints("qwen3"), options
+    )[:1]:
         assert "adapter 'b'" in error[1]
         assert before == after
+
+
+@pytest.mark.local_only
+@pytest.mark.parametrize("options", [{"max_loras": 1}, {}], ids=["in turns", "alone"])
+def test_data_that_one_rank_alone_refuses_are_refused_by_all(options, ranks, checkpoints):
+    for kinds, text in ranks.run(
+        tenant_tasks.refused_by_one, DeviceMesh(dp=2), checkpoints("qwen3"), options
+    ):
+        assert "DataError" in kinds
+        assert "adapter 'b'" in text or "refused their batch" in text

@@ -3,7 +3,6 @@
 import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,6 @@ from megatrain.bus.trouble import Trouble
 from megatrain.config.bus import BusConfig, RecoveryPolicy
 from megatrain.errors import DeadlineError, RankError, StateError
 from tests.fixtures.bus_server import FakeRank, FakeRanks, change, changes, driven, wait_until
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often."""
-    monkeypatch.setattr("megatrain.bus.supervisor.POLL_S", 0.01)
-    monkeypatch.setattr("megatrain.bus.trouble.SETTLE_S", 0.02)
-
-
-@pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[FakeRanks]:
-    ranks = FakeRanks(tmp_path)
-    yield ranks
-    ranks.close()
 
 
 def config(folder: Path | None = None, *, heartbeat: float = 4.0, **policy: Any) -> BusConfig:
