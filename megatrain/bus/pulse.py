@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -92,14 +93,31 @@ class Pulse:
 
 
 def _stack() -> str:
-    """Return the Python stacks of all threads of this process."""
+    """Return the Python stacks of all threads of this process, the main thread's last."""
     try:
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            return file.read().decode(errors="replace")
+            dump = file.read().decode(errors="replace")
     except OSError as error:  # a full disk is no reason to end
         return f"its stack could not be taken: {error}"
+    if dump.endswith(
+        "...\n"
+    ):  # faulthandler ends after 100 threads, and the main thread is its last
+        dump += f"\n{_main_stack()}"
+    return dump
+
+
+def _main_stack() -> str:
+    """Return the main thread's stack in faulthandler's form, innermost frame first."""
+    main = threading.main_thread().ident
+    lines = [f"Thread 0x{main or 0:016x} (most recent call first):"]
+    frame = sys._current_frames().get(main or 0)
+    while frame is not None:
+        code = frame.f_code
+        lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+        frame = frame.f_back
+    return "\n".join(lines) + "\n"
 
 
 def _resident() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatrain.bus import pulse as pulse_module
 from megatrain.bus.beat import Beat, key
 from megatrain.bus.pulse import Pulse
 from megatrain.bus.watch import Loss, Watch
@@ -257,3 +258,16 @@ def test_a_pulse_tells_what_its_rank_does_and_takes_a_stack_when_it_is_late() ->
         pulse.end()
     finally:
         pulse.close()
+
+
+def test_the_main_thread_is_in_the_stack_of_a_process_with_more_threads_than_are_dumped() -> None:
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(120)]
+    for thread in threads:
+        thread.start()
+    try:
+        last = pulse_module._stack().strip().split("\n\n")[-1]
+    finally:
+        done.set()
+    assert "test_the_main_thread_is_in_the_stack" in last
+    assert last.startswith("Thread 0x")
