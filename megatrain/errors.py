@@ -10,10 +10,14 @@ MegatrainError
 ├── StateError (RuntimeError)         a call that does not fit what was called before
 ├── NonFiniteError (ArithmeticError)  a loss or gradient that is not a number
 ├── PlatformError (RuntimeError)      the machine lacks something that was asked for
-└── BusError (ConnectionError)        driver and ranks cannot talk: refused, cut off, malformed
-    ├── RankError                     a rank failed, is lost, or is stuck; says which and where
-    ├── DeadlineError (TimeoutError)  a command was not done in time
-    └── CancelledCommandError         a queued command was cancelled, or given up
+├── BusError (ConnectionError)        driver and ranks cannot talk: refused, cut off, malformed
+│   ├── RankError                     a rank failed, is lost, or is stuck; says which and where
+│   ├── DeadlineError (TimeoutError)  a command was not done in time
+│   └── CancelledCommandError         a queued command was cancelled, or given up
+├── SamplerError (ConnectionError)    a sampler is not there, or did not do what it was told
+├── NotFoundError (LookupError)       there is no such thing, or it is somebody else's
+├── DeniedError (PermissionError)     a key is missing, unknown, over, or not meant for this
+└── BusyError (RuntimeError)          a limit of requests is reached; later there is room
 
 Each one is also a standard exception, so that a caller who knows nothing of megatrain can catch it.
 """
@@ -102,3 +106,26 @@ class DeadlineError(BusError, TimeoutError):
 
 class CancelledCommandError(BusError):
     """A queued command was cancelled, or given up after it had failed twice the same way."""
+
+
+class SamplerError(MegatrainError, ConnectionError):
+    """A sampler is not there, or did not do what it was told; trying again may help."""
+
+
+class NotFoundError(MegatrainError, LookupError):
+    """There is no such thing, or it is somebody else's."""
+
+
+class DeniedError(MegatrainError, PermissionError):
+    """A key is missing, unknown, over, or not meant for this."""
+
+
+class BusyError(MegatrainError, RuntimeError):
+    """A limit of requests is reached; later there is room."""
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, retry_after_s: float = 1.0
+    ) -> None:
+        """`retry_after_s`: seconds after which it may be tried again."""
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s

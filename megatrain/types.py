@@ -105,3 +105,5 @@ class AdapterBatch:
     inputs: Sequence[Any]
     """InputFeatures."""
     loss_inputs: Mapping[str, Any] = field(default_factory=dict)
+    loss: tuple[str, Mapping[str, Any]] | None = None
+    """Name and options of the loss of this pass, instead of the one that the adapter was given."""

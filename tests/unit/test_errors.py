@@ -20,6 +20,10 @@ STANDARD = {
     errors.RankError: ConnectionError,
     errors.DeadlineError: TimeoutError,
     errors.CancelledCommandError: ConnectionError,
+    errors.SamplerError: ConnectionError,
+    errors.NotFoundError: LookupError,
+    errors.DeniedError: PermissionError,
+    errors.BusyError: RuntimeError,
 }
 
 

@@ -1,0 +1,197 @@
+"""What `megatrain serve` serves, to whom, and within which limits.  No torch."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SamplerConfig(_Options):
+    """Who samples of a base model and its adapters."""
+
+    engine: Literal["auto", "vllm", "transformers", "none"] = "auto"
+    """auto: vLLM where its environment is installed, else Transformers; none: nobody samples, and
+    the trainer answers compute_logprobs."""
+    address: str | None = None
+    """http://HOST:PORT of a vLLM that runs already, instead of one that is started here."""
+    python: Path | None = None
+    """Python of vLLM's environment; None: that of `megatrain sampler install`."""
+    devices: str | None = None
+    """Devices that the engine sees: `4-7` or `4,5`; None: all."""
+    tp: PositiveInt = 1
+    """Tensor parallel size of vLLM."""
+    max_adapters: PositiveInt = 64
+    """Adapters that the engine holds at once; further ones are loaded again when they are used."""
+    max_batch: PositiveInt = 64
+    """Sequences that are generated together."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Type of the engine's parameters; auto: as the trainer's."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of vLLM's server, by their names without the dashes."""
+    live_every: NonNegativeInt = 0
+    """The newest adapter goes live after every so many optimizer steps, as `<run>/latest`;
+    0: on request alone."""
+    live_as_base: bool = False
+    """The adapter that went live last answers under the base model's name too."""
+    probe_tolerance: PositiveFloat = 0.25
+    """Greatest difference in log-probability between trainer and sampler, for a token of the probe,
+    with which a new version is published (float32: 1e-3 at most)."""
+    audit_every: NonNegativeInt = 64
+    """Of so many samples one is scored by the trainer too, for the mismatch monitor; 0: none."""
+
+
+class ServedModel(_Options):
+    """One base model with its ranks and samplers."""
+
+    name: str
+    """As clients call it: `Qwen/Qwen3-8B`."""
+    path: str
+    """Folder or hub id of the checkpoint."""
+    ranks: PositiveInt = 1
+    """Processes that are started on this host; the rest of the sizes below is data parallel."""
+    tp: PositiveInt = 1
+    """Tensor parallel size."""
+    pp: PositiveInt = 1
+    """Pipeline parallel size."""
+    cp: PositiveInt = 1
+    """Context parallel size."""
+    ep: PositiveInt = 1
+    """Expert parallel size."""
+    address: str | None = None
+    """tcp://HOST:PORT of `megatrain worker`s that run already, instead of ranks started here."""
+    platform: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Where the ranks run."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of ModelConfig: mixed_precision, max_loras, max_tokens_per_microbatch..."""
+    bus: dict[str, Any] = Field(default_factory=dict)
+    """Fields of BusConfig, without the journal, which is in the service's folder."""
+    tokenizer: str | None = None
+    """What clients are told to load the tokenizer from; None: the name."""
+    max_context_length: PositiveInt | None = None
+    """Longest datum or prompt with what follows it, in tokens; None: as the checkpoint says."""
+    sampler: SamplerConfig = SamplerConfig()
+    """Who samples."""
+
+
+class Limits(_Options):
+    """What one request, one client and all of them may take."""
+
+    max_body_bytes: PositiveInt = 64 << 20
+    """A request's body, decompressed."""
+    max_data: PositiveInt = 4096
+    """Data of one forward_backward."""
+    max_pass_tokens: PositiveInt = 16384
+    """Tokens of several tenants that share a pass; a larger request has a pass of its own."""
+    max_request_tokens: PositiveInt = 1 << 20
+    """Tokens of one request."""
+    max_targets: PositiveInt = 128
+    """Target tokens of one position."""
+    max_lora_rank: PositiveInt = 64
+    """Greatest rank of an adapter."""
+    max_samples: PositiveInt = 256
+    """Sequences of one sampling request."""
+    max_new_tokens: PositiveInt = 32768
+    """Tokens of one sampled sequence."""
+    max_sessions: PositiveInt = 1024
+    """Sessions of one project that are alive."""
+    max_runs: PositiveInt = 256
+    """Runs of one project that hold an adapter on the ranks."""
+    max_queued: PositiveInt = 512
+    """Requests of one project that wait; the next one is told 429."""
+    max_queued_total: PositiveInt = 8192
+    """Requests of all projects that wait."""
+    max_checkpoints: PositiveInt = 10000
+    """Checkpoints of one project."""
+    requests_per_s: PositiveFloat | None = None
+    """Requests of one key a second, with bursts of ten times that; None: no limit."""
+    tokens_per_day: PositiveInt | None = None
+    """Tokens trained and sampled by one project in a day; None: no limit."""
+
+
+class Times(_Options):
+    """How long things last, in seconds."""
+
+    poll_s: PositiveFloat = 25.0
+    """A poll for a result is held so long, then answered 408."""
+    gap_s: PositiveFloat = 60.0
+    """A request waits so long for those with lower numbers."""
+    session_s: PositiveFloat = 900.0
+    """A session without a heartbeat for so long is over: what waits is given up, and adapters
+    leave the ranks (checkpoints stay)."""
+    result_s: PositiveFloat = 3600.0
+    """A result is kept so long after it was made."""
+    drain_s: PositiveFloat = 30.0
+    """At shutdown, what runs gets so long to finish; the rest is done after the next start."""
+    janitor_s: PositiveFloat = 60.0
+    """Expired things are looked for so often."""
+
+
+class ServiceConfig(_Options):
+    """All of `megatrain serve`."""
+
+    models: tuple[ServedModel, ...] = Field(min_length=1)
+    """What is served; names differ."""
+    data: Path = Path("~/.local/share/megatrain/service")
+    """The service's folder: database, journals, and files unless `files` says otherwise."""
+    database: str | None = None
+    """SQLAlchemy URL; None: SQLite in the folder."""
+    files: str | None = None
+    """Where checkpoints are kept: a folder or a URL of fsspec (`s3://bucket/prefix`); None: in the
+    folder."""
+    publish_dir: Path | None = None
+    """Where versions for samplers are written; None: in shared memory."""
+    host: str = "127.0.0.1"
+    """Where it listens.  Beyond loopback, keys are needed."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0 is any that is free."""
+    root_path: str = ""
+    """Prefix of all URLs behind a proxy."""
+    keys: bool = True
+    """Whether a key is asked for.  Without, any key is accepted, on loopback only."""
+    full_parameter_runs: bool = False
+    """Whether one tenant may train all parameters of a model, alone on it."""
+    client: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the Tinker client's configuration that the server sets."""
+    limits: Limits = Limits()
+    """What may be asked for."""
+    times: Times = Times()
+    """How long things last."""
+    max_passes_ahead: PositiveInt = 2
+    """Passes that wait on the ranks while one runs."""
+    tracing: bool = False
+    """Spans of OpenTelemetry, with the provider of the environment."""
+    log_json: bool = False
+    """Logs as one JSON object a line."""
+    public_url: str | None = None
+    """How clients reach this service, for URLs in answers; None: as the request says."""
+    priorities: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Share of a project, by name, where it is not 1."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"models must have names of their own: {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_need_keys(self) -> Self:
+        if not self.keys and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"without keys the service listens on loopback only: host={self.host!r}; "
+                "leave keys on, or listen on 127.0.0.1"
+            )
+        return self

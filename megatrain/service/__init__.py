@@ -1,0 +1,1 @@
+"""The service: the Tinker API for many tenants, over HTTP.  No torch."""
