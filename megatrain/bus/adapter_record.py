@@ -49,6 +49,7 @@ def take_down(trainer: Trainer, name: str) -> AdapterRecord:
         "schedule_state": None if schedule is None else schedule.state_dict(),
         "counters": {each: getattr(trained, each) for each in COUNTERS},
         "divisor": trained.gradients.divisor,
+        "is_sum": trained.gradients.is_sum,
         "is_reduced": trained.gradients.is_reduced,
     }
     return AdapterRecord(values, tensors)
@@ -89,6 +90,7 @@ def put_back(trainer: Trainer, name: str, record: AdapterRecord, *, seed: int) -
     for each in COUNTERS:
         setattr(trained, each, values["counters"][each])
     trained.gradients.divisor = values["divisor"]
+    trained.gradients.is_sum = values["is_sum"]
     trained.gradients.is_reduced = values["is_reduced"]
 
 

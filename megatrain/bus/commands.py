@@ -61,6 +61,10 @@ class AddAdapter(AdapterCommand):
     lora: Mapping[str, Any]
     """Fields of LoraSpec."""
     accumulation_steps: int = 1
+    seed: int | None = None
+    """Decides its initial weights, instead of the ranks' own."""
+    optimizer: Sequence[Any] | None = None
+    """Kind and options, as SetOptimizer would have them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +157,9 @@ class ClipGradAndStep(AdapterCommand):
 
     deadline_s: ClassVar[float] = PASS_S
     max_grad_norm: float
+    options: Mapping[str, Any] | None = None
+    """Of the optimizer, from this step on: lr, betas, eps, weight_decay.  With them, a step without
+    a pass before it has a gradient of zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +234,8 @@ class Load(AdapterCommand):
 
     deadline_s: ClassVar[float] = FILES_S
     place: str
+    optimizer: Sequence[Any] | None = None
+    """Kind and options for an adapter that is made; one that is there begins anew with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +245,11 @@ class Resume(AdapterCommand):
     deadline_s: ClassVar[float] = FILES_S
     checkpoint: str
     use_previous: bool = False
+    with_optimizer: bool = True
+    """False: weights alone; steps, moments and gradients begin anew."""
+    optimizer: Sequence[Any] | None = None
+    """Kind and options where there is no optimizer; without moments in the state, or without
+    with_optimizer, it begins anew with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from megatrain.export.skeleton import Skeleton
 from megatrain.export.state.collect import collect
 from megatrain.export.state.fits import check_fits
 from megatrain.export.state.folder import State
-from megatrain.export.state.record import StateRecord, read_record
+from megatrain.export.state.record import StateRecord, read_record, weights_alone
 from megatrain.export.state.restore import open_state, restore
 from megatrain.model.network import Network, build_network
 from megatrain.model.patch import apply_to_model
 from megatrain.parallel.joined import Session
 from megatrain.platforms.choose import prepare
 from megatrain.train.losses.make import make_loss
+from megatrain.train.optimizer import check_optimizer
 from megatrain.train.step import BASE, Trainer
 
 
@@ -39,11 +41,18 @@ def open_model(model_id: str, config: ModelConfig, session: Session) -> Trainer:
 
 
 def add_adapter(
-    trainer: Trainer, name: str, spec: LoraSpec, *, seed: int, accumulation_steps: int
+    trainer: Trainer,
+    name: str,
+    spec: LoraSpec,
+    *,
+    seed: int,
+    accumulation_steps: int,
+    optimizer: Sequence[Any] | None = None,
 ) -> None:
     """Inject an adapter that can be trained and later exported.
 
-    Raises ConfigError, before anything has changed, for targets that PEFT could not hold.
+    Raises ConfigError, before anything has changed, for targets that PEFT could not hold, and for
+    an optimizer (kind, options) that is none.
     """
     network = trainer.network
     if BASE in trainer.trained:
@@ -57,8 +66,12 @@ def add_adapter(
             hint="names of torch.nn.ModuleDict's methods will not do either",
         )
     _check_exportable(network, spec)
+    if optimizer is not None:
+        check_optimizer(optimizer[0], optimizer[1])
     network.add_adapter(name, spec, seed=seed)
     trainer.add(name, accumulation_steps=accumulation_steps)
+    if optimizer is not None:
+        trainer.set_optimizer(name, optimizer[0], dict(optimizer[1]))
 
 
 def set_loss(
@@ -160,32 +173,55 @@ def resume(
     residents: Residents,
     *,
     use_previous: bool = False,
+    with_optimizer: bool = True,
+    optimizer: Sequence[Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Go on from a saved training state.  Collective.
 
     Returns step and data position, and a digest of what was read.  What is not there yet is made
-    as it was saved: adapter, optimizer, schedule.
+    as it was saved: adapter, optimizer, schedule.  Without the optimizer, weights alone are taken,
+    and `optimizer` (kind, options), or the one that is there, begins anew.
     """
     checkpoint, record = open_state(checkpoint, trainer.network.groups, use_previous=use_previous)
+    if not with_optimizer:
+        record = weights_alone(record)
     if name is None:
         known = residents.names
         name = record.adapter if record.adapter in known or not known else known[0]
     _restore(trainer, name, checkpoint, record, residents)
+    if record.optimizer is None and (optimizer is not None or not with_optimizer):
+        _begin_anew(trainer, name, optimizer)
     place = {"cur_step": record.step, "consumed_train_samples": record.consumed_train_samples}
     return place, _digest(record)
 
 
-def load(trainer: Trainer, name: str | None, place: str, residents: Residents) -> str:
+def load(
+    trainer: Trainer,
+    name: str | None,
+    place: str,
+    residents: Residents,
+    *,
+    optimizer: Sequence[Any] | None = None,
+) -> str:
     """Give an adapter the weights of one in PEFT's format; make it if it is not there.
 
-    Returns a digest of what was read.
+    `optimizer` (kind, options) begins anew with it.  Returns a digest of what was read.
     """
     with imported(trainer, place) as state:
         record = read_record(state)
         if name is None:
             name = next(iter(residents.names), record.adapter)
         _restore(trainer, name, state, record, residents)
+        if optimizer is not None:
+            _begin_anew(trainer, name, optimizer)
         return _digest(record)
+
+
+def _begin_anew(trainer: Trainer, name: str, optimizer: Sequence[Any] | None) -> None:
+    """Give an adapter an optimizer without moments: this one, or one as it had."""
+    choice = optimizer or trainer.trained[name].optimizer_choice
+    if choice is not None:
+        trainer.set_optimizer(name, choice[0], dict(choice[1]))
 
 
 def _digest(record: StateRecord) -> str:

@@ -50,7 +50,7 @@ from megatrain.parallel import phase
 from megatrain.parallel.joined import Session
 from megatrain.train.loss import Loss
 from megatrain.train.mixed_collect import Results
-from megatrain.train.mixed_step import check_shares, run_mixed
+from megatrain.train.mixed_step import check_shares, own_loss, run_mixed
 from megatrain.train.step import BASE, Trainer
 from megatrain.train.utilisation import Utilisation
 from megatrain.types import StepOutput
@@ -136,7 +136,7 @@ class ModelHost:
                 return self._forward(command)
             case ClipGradAndStep():
                 name = self.name(command.adapter)
-                norm = trainer.clip_grad_and_step(name, command.max_grad_norm)
+                norm = trainer.clip_grad_and_step(name, command.max_grad_norm, command.options)
                 return norm if norm is None else self._set_norm(name, norm)
             case ClipGradNorm():
                 name = self.name(command.adapter)
@@ -194,7 +194,9 @@ class ModelHost:
                 return engine.wait_for_save(trainer)
             case Load():
                 place, residents = command.place, self.residents
-                self.last_source = engine.load(trainer, command.adapter, place, residents)
+                self.last_source = engine.load(
+                    trainer, command.adapter, place, residents, optimizer=command.optimizer
+                )
                 return None
             case Resume():
                 return self._resume(command)
@@ -232,7 +234,10 @@ class ModelHost:
         train, results = isinstance(command, ForwardBackwardMany), Results()
         at_once = self.trainer.network.config.max_loras or len(command.batches) or 1
         if train and len(command.batches) > at_once:
-            losses = {each.adapter: self.residents.loss(each.adapter) for each in command.batches}
+            losses = {
+                each.adapter: own_loss(each) or self.residents.loss(each.adapter)
+                for each in command.batches
+            }
             check_shares(self.trainer.network, command.batches, losses)
         for start in range(0, len(command.batches), at_once):
             batches = command.batches[start : start + at_once]
@@ -263,8 +268,9 @@ class ModelHost:
             self.trainer,
             command.adapter,
             LoraSpec.from_any(dict(command.lora)),
-            seed=self.session.seed,
+            seed=self.session.seed if command.seed is None else command.seed,
             accumulation_steps=command.accumulation_steps,
+            optimizer=command.optimizer,
         )
 
     def _delete(self, name: str) -> None:
@@ -298,6 +304,8 @@ class ModelHost:
             Path(command.checkpoint),
             self.residents,
             use_previous=command.use_previous,
+            with_optimizer=command.with_optimizer,
+            optimizer=command.optimizer,
         )
         return place
 

@@ -25,6 +25,7 @@ from megatrain.errors import StateError
 from megatrain.parallel.groups import Groups
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.train.loss import Loss
+from megatrain.train.mixed_step import own_loss
 from megatrain.types import IGNORED_LABEL
 
 Rows = list[dict[str, Any]]
@@ -127,7 +128,9 @@ def split(command: Command, host: ModelHost | None) -> tuple[Command, list[Rows]
             parts = [_split(command, host.loss(command.adapter))]
             whole: Any = parts[0] and parts[0][0]
         case ForwardBackwardMany() | ForwardMany():
-            parts = [_split(each, host.loss(each.adapter)) for each in command.batches]
+            parts = [
+                _split(each, own_loss(each) or host.loss(each.adapter)) for each in command.batches
+            ]
             whole = replace(command, batches=[each[0] for each in parts if each is not None])
         case _:
             return None

@@ -28,6 +28,8 @@ class Call:
     micro_batch_size: int | None
     prepare: Prepare | None
     train: bool
+    loss: Loss | None = None
+    """Instead of the adapter's own."""
 
 
 def plan_call(

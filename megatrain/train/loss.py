@@ -7,6 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from megatrain.errors import ConfigError
+
 Statistics = Mapping[str, tuple[Tensor, Tensor | float]]
 """By name: a sum and a count, both without gradient.  What is reported is sum / count."""
 
@@ -62,6 +64,11 @@ class Loss(ABC):
     uses_scores: ClassVar[bool] = False
     """Needs a model with a score head instead of log-probabilities."""
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether gradients are plain sums, also over several calls before a step."""
+        return False
+
     @abstractmethod
     def __call__(self, batch: LossBatch) -> tuple[Tensor, Statistics]:
         """Return the sum of the loss over this micro-batch, a scalar, and statistics.
@@ -76,3 +83,26 @@ class Loss(ABC):
         The mean over labels unless overridden.  Divisors of several calls add up before a step.
         """
         return float(sum(num_labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLoss(Loss):
+    """Base of losses that add up over labels."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+    """mean: over the labels of all calls before a step.  sum: nothing is divided, as in Tinker's
+    API; calls with one and with the other may not stand before the same step."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for an unknown reduction."""
+        if self.reduction not in ("mean", "sum"):
+            raise ConfigError(f"reduction must be mean or sum, not {self.reduction!r}")
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether gradients are plain sums."""
+        return self.reduction == "sum"
+
+    def divisor(self, num_labels: Sequence[int]) -> float:
+        """Return the number of labels, or 1."""
+        return 1.0 if self.is_sum else float(sum(num_labels))

@@ -7,6 +7,7 @@
 Adapters that cannot share a pass (dropout, a score head, a teacher's tokens) have one of their own.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from megatrain.train.call import Call, divisor_of
 from megatrain.train.datum import BatchRules, check_batch
 from megatrain.train.loss import Loss
 from megatrain.train.loss_inputs import check_names
+from megatrain.train.losses.make import make_loss
 from megatrain.train.mixed_collect import Results, collect_mixed
 from megatrain.train.mixed_objective import MixedObjective
 from megatrain.train.mixed_plan import MixedPlan, Share
@@ -35,6 +37,8 @@ def run_mixed(trainer: Trainer, batches: Sequence[AdapterBatch], *, train: bool)
     """
     check_names_of(trainer.trained, batches, train=train)
     losses = {each.adapter: _loss(trainer, each, train=train) for each in batches}
+    for name, loss in losses.items() if train else ():
+        trainer.trained[name].gradients.check_reduction(name, is_sum=loss.is_sum)
     together = [b for b in batches if _can_share(trainer, b.adapter, losses[b.adapter], train)]
     if len(together) < 2:
         together = []
@@ -89,8 +93,21 @@ def check_names_of(
 
 
 def _loss(trainer: Trainer, batch: AdapterBatch, *, train: bool) -> Loss:
-    call = Call(batch.adapter, batch.loss_inputs, None, None, train)
+    call = Call(batch.adapter, batch.loss_inputs, None, None, train, own_loss(batch))
     return trainer.loss_of(call, batch.inputs)
+
+
+def own_loss(batch: AdapterBatch) -> Loss | None:
+    """Return the loss that a batch names for itself.  Raises ConfigError."""
+    if batch.loss is None:
+        return None
+    name, options = batch.loss
+    return _named_loss(name, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=256)
+def _named_loss(name: str, options: tuple[tuple[str, Any], ...]) -> Loss:
+    return make_loss(name, dict(options))
 
 
 def _can_share(trainer: Trainer, name: str, loss: Loss, train: bool) -> bool:
@@ -105,7 +122,7 @@ def _can_share(trainer: Trainer, name: str, loss: Loss, train: bool) -> bool:
 def _alone(trainer: Trainer, batch: AdapterBatch, *, train: bool) -> StepOutput | MegatrainError:
     run = trainer.forward_backward if train else trainer.forward_only
     try:
-        return run(batch.adapter, batch.inputs, batch.loss_inputs)
+        return run(batch.adapter, batch.inputs, batch.loss_inputs, loss=own_loss(batch))
     except MegatrainError as error:  # others may have their gradients already
         return error
 
@@ -163,10 +180,12 @@ def _together(trainer: Trainer, planned: tuple[MixedPlan, list[Any]], *, train: 
         raise
     finally:
         network.active.mixture = None
+    share_of = {share.name: share for share in plan.shares}
     for name, result in results.items() if train else ():
         trained[name].num_passes += 1
         if isinstance(result, StepOutput):
-            trained[name].gradients.divisor += result.divisor
+            is_sum = _given(share_of[name].rules.loss).is_sum
+            trained[name].gradients.count(result.divisor, is_sum=is_sum)
         else:
             trained[name].gradients.restore(before[name])
     return results

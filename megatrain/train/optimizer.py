@@ -5,6 +5,7 @@ AdamW, Adam and SGD are torch's own, entry by entry; Muon is muon.py's.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,23 @@ class GradientAccumulator:
             make_shards(kinds[kind], groups, is_expert=kind[0]) for kind in sorted(kinds)
         ]
         self.divisor = 0.0
+        self.is_sum = False
+        """Whether what was added up is not to be divided."""
         self.is_reduced = False
+
+    def check_reduction(self, name: str, *, is_sum: bool) -> None:
+        """Raise StateError if gradients of the other reduction wait for a step."""
+        if self.divisor and self.is_sum != is_sum:
+            ways = ("sum", "mean") if is_sum else ("mean", "sum")
+            raise StateError(
+                f"gradients of {name!r} are a {ways[1]}, and this loss is a {ways[0]}",
+                hint="take a step between them, or give both losses one reduction",
+            )
+
+    def count(self, divisor: float, *, is_sum: bool) -> None:
+        """Note that a call has added its gradients."""
+        self.divisor = divisor if is_sum else self.divisor + divisor
+        self.is_sum = is_sum
 
     def release(self) -> None:
         """Let go of the parameters: their gradients come here no longer."""
@@ -53,20 +70,20 @@ class GradientAccumulator:
             for hook in shard.hooks:
                 hook.remove()
 
-    def reduce(self) -> None:
-        """Turn sums into the gradient of the mean that the losses ask for.  Collective."""
-        if self.divisor == 0:
+    def reduce(self, *, may_be_zero: bool = False) -> None:
+        """Turn sums into the gradient of what the losses ask for.  Collective."""
+        if self.divisor == 0 and not may_be_zero:
             raise StateError(
                 "there is no gradient to step on", hint="call forward_backward before step"
             )
         if not self.is_reduced:
             for shard in self.shards:
-                shard.reduce(1.0 / self.divisor)
+                shard.reduce(1.0 / (self.divisor or 1.0))
             self.is_reduced = True
 
-    def norm(self) -> float:
+    def norm(self, *, may_be_zero: bool = False) -> float:
         """Return the global L2 norm of the reduced gradient.  Collective over all ranks."""
-        self.reduce()
+        self.reduce(may_be_zero=may_be_zero)
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for shard in self.shards:
             total += shard.squared_norm()
@@ -100,7 +117,7 @@ class GradientAccumulator:
         """Forget gradients and tokens."""
         for shard in self.shards:
             shard.zero_grad()
-        self.divisor, self.is_reduced = 0.0, False
+        self.divisor, self.is_sum, self.is_reduced = 0.0, False, False
 
 
 def make_optimizer(
@@ -176,3 +193,22 @@ def _own_options(name: str) -> set[str]:
         return {field.name for field in dataclasses.fields(MuonOptions)}
     taken = set(inspect.signature(OPTIMIZERS[name]).parameters)
     return taken - {"params", "capturable", "differentiable"}
+
+
+def set_options(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> None:
+    """Change options of an optimizer in all its groups, from the next step on.
+
+    Raises ConfigError, before anything has changed, for one that its groups do not have, or a
+    value that is not finite or negative.
+    """
+    known = set(optimizer.param_groups[0]) - {"params"}
+    check_known(f"option of {type(optimizer).__name__}", options, known)
+    for name, value in options.items():
+        numbers = value if isinstance(value, Sequence) else [value]
+        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+            raise ConfigError(f"{name} must be made of finite numbers of at least 0: {value!r}")
+        if name == "betas" and not (len(numbers) == 2 and all(n < 1 for n in numbers)):
+            raise ConfigError(f"betas must be two numbers in [0, 1): {value!r}")
+    for group in optimizer.param_groups:
+        for name, value in options.items():
+            group[name] = tuple(value) if isinstance(value, Sequence) else value

@@ -25,7 +25,12 @@ from megatrain.train.loss import Loss
 from megatrain.train.losses.likelihood import CrossEntropyLoss
 from megatrain.train.losses.reward_model import RewardModelLoss
 from megatrain.train.objective import Objective, ScoresOnly
-from megatrain.train.optimizer import GradientAccumulator, check_optimizer, make_optimizer
+from megatrain.train.optimizer import (
+    GradientAccumulator,
+    check_optimizer,
+    make_optimizer,
+    set_options,
+)
 from megatrain.train.schedule import make_schedule
 from megatrain.types import LazyRow, StepOutput
 
@@ -152,10 +157,12 @@ class Trainer:
         *,
         micro_batch_size: int | None = None,
         prepare: Prepare | None = None,
+        loss: Loss | None = None,
     ) -> StepOutput:
         """Add this batch's gradients to an adapter.  Collective.
 
-        `prepare` makes InputFeatures of `inputs`; without one they are such.
+        `prepare` makes InputFeatures of `inputs`; without one they are such.  `loss` stands for
+        the adapter's own in this call.
         Raises DataError before anything has changed; NonFiniteError, with the gradients as they
         were before the call, if a loss is not a number.
         """
@@ -165,8 +172,9 @@ class Trainer:
                 "gradients were already summed over ranks by clip_grad_norm",
                 hint="call step and zero_grad before the next forward_backward",
             )
-        call = Call(name, loss_inputs or {}, micro_batch_size, prepare, True)
+        call = Call(name, loss_inputs or {}, micro_batch_size, prepare, True, loss)
         plan = plan_call(inputs, call, self.network, self.loss_of)
+        trained.gradients.check_reduction(name, is_sum=plan.loss.is_sum)
         self.network.activate(name)
         seed_dropout(self.network.groups, self.seed, name, trained.step, trained.num_passes)
         trained.num_passes += 1
@@ -176,7 +184,7 @@ class Trainer:
         except BaseException:
             trained.gradients.restore(before)
             raise
-        trained.gradients.divisor += output.divisor
+        trained.gradients.count(output.divisor, is_sum=plan.loss.is_sum)
         return output
 
     def forward_only(
@@ -187,14 +195,15 @@ class Trainer:
         *,
         micro_batch_size: int | None = None,
         prepare: Prepare | None = None,
+        loss: Loss | None = None,
     ) -> StepOutput:
         """Return log-probabilities, and the loss, under an adapter, or the base for BASE.
 
-        The loss is the adapter's if the call, or its data, bring what it needs.  It is the
-        cross-entropy of all labels where neither do, where data are no whole pairs, and for a base
-        that is not trained.  Collective.
+        The loss is the one given, or the adapter's if the call, or its data, bring what it needs.
+        It is the cross-entropy of all labels where neither do, where data are no whole pairs, and
+        for a base that is not trained.  Collective.
         """
-        call = Call(name, loss_inputs or {}, micro_batch_size, prepare, False)
+        call = Call(name, loss_inputs or {}, micro_batch_size, prepare, False, loss)
         plan = plan_call(inputs, call, self.network, self.loss_of)
         self.network.activate(name)
         step = self.trained[name].step if name in self.trained else 0
@@ -202,6 +211,8 @@ class Trainer:
 
     def loss_of(self, call: Call, inputs: Any) -> Loss:
         """Return what a call computes: its adapter's loss, or the cross-entropy (forward_only)."""
+        if call.loss is not None:
+            return call.loss
         loss = self.trained[call.name].loss if call.name in self.trained else self._default_loss()
         if call.train:
             return loss
@@ -225,16 +236,19 @@ class Trainer:
             raise result
         return result
 
-    def clip_grad_norm(self, name: str, max_grad_norm: float) -> float:
+    def clip_grad_norm(
+        self, name: str, max_grad_norm: float, *, may_be_zero: bool = False
+    ) -> float:
         """Sum gradients over ranks, scale them to at most this norm, return the norm before it.
 
         The norm is over all parameters of the adapter on all ranks, each counted once.
-        `max_grad_norm` of 0 or infinity does not clip.  Collective.
+        `max_grad_norm` of 0 or infinity does not clip.  Without a call of forward_backward there
+        is no gradient, a StateError unless it `may_be_zero`.  Collective.
         """
         _check_max_norm(max_grad_norm)
         trained = self.trained[name]
         phase.enter(phase.STEPPING)
-        norm = trained.gradients.norm()
+        norm = trained.gradients.norm(may_be_zero=may_be_zero)
         if not math.isfinite(norm):
             trained.gradients.zero()
             raise NonFiniteError(
@@ -264,19 +278,24 @@ class Trainer:
         if schedule is not None:
             schedule.step()
 
-    def clip_grad_and_step(self, name: str, max_grad_norm: float) -> float | None:
+    def clip_grad_and_step(
+        self, name: str, max_grad_norm: float, options: Mapping[str, Any] | None = None
+    ) -> float | None:
         """Clip, step, zero the gradients and move the schedule, on every n-th call.
 
-        n is the adapter's gradient_accumulation_steps.  Returns the gradient's norm before
-        clipping, or None on the calls between.  Collective.
+        n is the adapter's gradient_accumulation_steps.  `options` of the optimizer (lr, betas...)
+        hold from this step on; with them the gradient may be zero for want of forward_backward.
+        Returns the gradient's norm before clipping, or None on the calls between.  Collective.
         """
         trained = self.trained[name]
-        self._optimizer(name)
+        optimizer = self._optimizer(name)
         _check_max_norm(max_grad_norm)
+        if options is not None:
+            set_options(optimizer, options)
         if trained.num_calls + 1 < trained.accumulation_steps:
             trained.num_calls += 1
             return None
-        norm = self.clip_grad_norm(name, max_grad_norm)
+        norm = self.clip_grad_norm(name, max_grad_norm, may_be_zero=options is not None)
         self.step(name)
         trained.num_calls = 0
         trained.gradients.zero()

@@ -10,6 +10,8 @@ from tests.multiprocess.truth import largest_adapter_difference, largest_differe
 pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 SAME = 1e-6
+GRADIENTS = 3e-6
+"""Of the largest entry: float32 sums in another order; processors differ, up to 1.7e-6 was seen."""
 """Of the largest entry: the same sums in float32, in products of other shapes."""
 SPLIT_EXPERTS = 1e-5
 """Where a router's scores and experts are summed over ranks: an adapter of rank 1 on all linears
@@ -60,7 +62,7 @@ def test_eight_tenants_share_a_pass_and_each_gets_its_own_gradient(
             largest = max(float(np.abs(each).max()) for each in theirs)
             assert largest_difference(ours, theirs) <= SAME * largest, name
         largest = max(float(each.abs().max()) for each in expected[2].values())
-        bound = SPLIT_EXPERTS if family == "qwen3_moe" and mesh.world_size > 1 else SAME
+        bound = SPLIT_EXPERTS if family == "qwen3_moe" and mesh.world_size > 1 else GRADIENTS
         assert largest_adapter_difference(gradients, expected[2]) <= bound * largest, name
         assert statistics == pytest.approx(expected[4], abs=1e-5), name
         assert squares == expected[5], name

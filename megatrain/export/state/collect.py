@@ -186,7 +186,10 @@ def _progress(
         result["schedule"] = ScheduleRecord(**chosen, state=trained.schedule.state_dict())
     if with_gradients:
         result["gradients"] = GradientRecord(
-            counts={"divisor": trained.gradients.divisor},
+            counts={
+                "divisor": trained.gradients.divisor,
+                "is_sum": float(trained.gradients.is_sum),
+            },
             is_reduced=trained.gradients.is_reduced,
         )
     return result

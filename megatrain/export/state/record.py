@@ -163,6 +163,13 @@ def write_record(checkpoint: Path, record: StateRecord) -> None:
     (checkpoint / FOLDER / RECORD).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def weights_alone(record: StateRecord) -> StateRecord:
+    """Return a record of the same state as if nothing but the weights had been saved."""
+    nothing = {"optimizer": None, "schedule": None, "gradients": None}
+    counts = {"step": 0, "num_calls": 0, "num_passes": 0}
+    return record.model_copy(update=nothing | counts | {"tensors": (MASTER,)})
+
+
 def read_record(checkpoint: Path) -> StateRecord:
     """Return a checkpoint's record.
 

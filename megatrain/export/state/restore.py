@@ -168,4 +168,5 @@ def _set_gradients(trained: Trained, record: StateRecord, folder: Path) -> None:
         if record.gradients.is_reduced:
             shard.reduce(1.0)
     gradients.divisor = record.gradients.counts["divisor"]
+    gradients.is_sum = bool(record.gradients.counts.get("is_sum", 0.0))
     gradients.is_reduced = record.gradients.is_reduced

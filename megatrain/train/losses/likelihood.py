@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatrain.train.loss import Loss, LossBatch, LossInput, Statistics
+from megatrain.train.loss import LabelLoss, LossBatch, LossInput, Statistics
 
 
 def cross_entropy(logps_N: Tensor, weights_N: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def cross_entropy(logps_N: Tensor, weights_N: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropyLoss(Loss):
+class CrossEntropyLoss(LabelLoss):
     """-log p of every label, times its weight if `weights` are given; the mean over labels.
 
     The mean divides by the number of labels whatever the weights are, so that a gradient

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatrain.train.loss import Loss, LossBatch, LossInput, Statistics
+from megatrain.train.loss import LabelLoss, LossBatch, LossInput, Statistics
 from megatrain.train.losses.options import check_number
 
 POLICY_INPUTS: Mapping[str, LossInput] = {"old_logps": LossInput(), "advantages": LossInput()}
@@ -126,7 +126,7 @@ def clip_statistics(low_N: Tensor, high_N: Tensor, count: Tensor | float) -> Sta
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceSamplingLoss(Loss):
+class ImportanceSamplingLoss(LabelLoss):
     """-ratio * advantage, the mean over labels."""
 
     inputs: ClassVar = POLICY_INPUTS
@@ -140,7 +140,7 @@ class ImportanceSamplingLoss(Loss):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedLoss(Loss):
+class ClippedLoss(LabelLoss):
     """Base of losses with bounds on the ratio: absolute ones, not distances from 1.
 
     A call may give either bound a datum or a label, under the option's name.
@@ -154,6 +154,7 @@ class ClippedLoss(Loss):
 
     def __post_init__(self) -> None:
         """Raise ConfigError unless 0 <= clip_low_threshold <= clip_high_threshold."""
+        super().__post_init__()
         check_number("clip_low_threshold", self.clip_low_threshold, at_least=0)
         low = self.clip_low_threshold
         check_number("clip_high_threshold", self.clip_high_threshold, at_least=low)
@@ -202,7 +203,7 @@ class CISPOLoss(ClippedLoss):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DROLoss(Loss):
+class DROLoss(LabelLoss):
     """DRO by label, the mean over labels.  beta: 0.05, the example of Tinker's documentation."""
 
     beta: float = 0.05
@@ -212,6 +213,7 @@ class DROLoss(Loss):
 
     def __post_init__(self) -> None:
         """Raise ConfigError unless beta >= 0."""
+        super().__post_init__()
         check_number("beta", self.beta, at_least=0)
 
     def __call__(self, batch: LossBatch) -> tuple[Tensor, Statistics]:

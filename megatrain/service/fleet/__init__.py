@@ -1,0 +1,1 @@
+"""A base model's ranks, as the service drives them."""

@@ -1,0 +1,214 @@
+"""All requests that this process knows: accepted once, finished once, asked for many times."""
+
+import asyncio
+import collections
+import itertools
+import logging
+import time
+from collections.abc import Iterable
+
+from megatrain.config.service import Limits
+from megatrain.errors import MegatrainError, NotFoundError
+from megatrain.service.store import requests
+from megatrain.service.store.records import Request
+from megatrain.service.store.store import Store
+from megatrain.service.work.ticket import Result, Ticket, busy
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 256 << 20
+"""Results that are kept in memory after they were committed; older ones are read again."""
+MAX_SESSIONS_KEPT = 4096
+
+
+class Futures:
+    """Tickets by id, and by what makes a request the same when it comes again."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store, self._limits = store, limits
+        self._open: dict[str, Ticket] = {}
+        self._by_idem: dict[str, Ticket] = {}
+        self._kept: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
+        self._kept_bytes = 0
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._arrivals = itertools.count()
+        self.finished = asyncio.Condition()
+        """Notified when anything is finished."""
+        self._of_sampler: dict[str, list[Ticket]] = {}
+        """Finished tickets by sampling session, in the order in which they were finished."""
+
+    def num_open(self, project: str | None = None) -> int:
+        """Return how many requests wait or run, of one project or of all."""
+        return len(self._open) if project is None else self._counts[project]
+
+    def open(self) -> Iterable[Ticket]:
+        """Return what waits or runs."""
+        return list(self._open.values())
+
+    async def known(self, project: str, idem: str) -> Ticket | None:
+        """Return the ticket of a request that came before, once it is committed."""
+        ticket = self._by_idem.get(idem)
+        if ticket is None:
+            record = await self._store.read(requests.by_idem(project, idem))
+            return None if record is None else ticket_of(record)
+        if ticket.project != project:
+            return None
+        await ticket.committed.wait()
+        if ticket.refused is not None:
+            raise ticket.refused
+        return ticket
+
+    def check_room(self, project: str) -> None:
+        """Raise BusyError while too much waits."""
+        if self._counts[project] >= self._limits.max_queued:
+            raise busy("this project", self._limits.max_queued)
+        if len(self._open) >= self._limits.max_queued_total:
+            raise busy("all projects", self._limits.max_queued_total, 2.0)
+
+    async def accept(self, ticket: Ticket) -> Ticket:
+        """Commit a request and return its ticket, or that of the same request that came before.
+
+        Raises BusyError while too much waits; what the store raises if it cannot be committed.
+        """
+        if (before := await self.known(ticket.project, ticket.idem)) is not None:
+            return before
+        if (racing := self._by_idem.get(ticket.idem)) is not None:  # while the store was asked
+            return await self._settled(racing)
+        self.check_room(ticket.project)
+        self._add(ticket)
+        try:
+            await self._store.write(requests.add(record_of(ticket)))
+        except BaseException as error:
+            ticket.refused = error if isinstance(error, MegatrainError) else None
+            self._drop(ticket)
+            if ticket.refused is None:
+                ticket.refused = NotFoundError("the request could not be kept; send it again")
+            raise
+        finally:
+            ticket.committed.set()
+        return ticket
+
+    async def _settled(self, ticket: Ticket) -> Ticket:
+        await ticket.committed.wait()
+        if ticket.refused is not None:
+            raise ticket.refused
+        return ticket
+
+    def take_up(self, record: Request, content: object) -> Ticket:
+        """Return the ticket of a request that an earlier process accepted and did not finish."""
+        ticket = ticket_of(record)
+        ticket.content = content
+        self._add(ticket)
+        return ticket
+
+    def _add(self, ticket: Ticket) -> None:
+        self._open[ticket.id] = ticket
+        self._by_idem[ticket.idem] = ticket
+        self._counts[ticket.project] += 1
+
+    def _drop(self, ticket: Ticket) -> None:
+        if self._open.pop(ticket.id, None) is not None:
+            self._counts[ticket.project] -= 1
+        if self._by_idem.get(ticket.idem) is ticket:
+            del self._by_idem[ticket.idem]
+
+    async def finish(self, ticket: Ticket, result: Result) -> None:
+        """Commit a result and give it to who waits; the first result counts."""
+        if ticket.id not in self._open or ticket.result is not None:
+            return
+        ticket.result = result
+        state = "failed" if result.failed else "done"
+        if ticket.cancelled:
+            state = "cancelled"
+        await self._store.write(
+            requests.finish(ticket.id, state, result.data, result.kind, time.time(), ticket.tokens)
+        )
+        self._drop(ticket)
+        ticket.content = ticket.payload = b""
+        self._keep(ticket)
+        if ticket.sampler is not None:
+            self._of_sampler.setdefault(ticket.sampler, []).append(ticket)
+        ticket.finished.set()
+        async with self.finished:
+            self.finished.notify_all()
+
+    def _keep(self, ticket: Ticket) -> None:
+        assert ticket.result is not None
+        self._kept[ticket.id] = ticket
+        self._kept_bytes += len(ticket.result.data)
+        while self._kept_bytes > KEPT_BYTES:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= len(oldest.result.data) if oldest.result else 0
+
+    async def get(self, project: str, request_id: str) -> Ticket:
+        """Return a request of a project.  Raises NotFoundError."""
+        ticket = self._open.get(request_id) or self._kept.get(request_id)
+        if ticket is None:
+            record = await self._store.read(requests.get(project, request_id))
+            if record is None:
+                raise NotFoundError(f"there is no request {request_id!r}, or it is forgotten")
+            ticket = ticket_of(record)
+        if ticket.project != project:
+            raise NotFoundError(f"there is no request {request_id!r}, or it is forgotten")
+        return ticket
+
+    async def wait(self, ticket: Ticket, timeout_s: float) -> Result | None:
+        """Return a request's result; None if there is none in time."""
+        if ticket.result is None or not ticket.finished.is_set():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await ticket.finished.wait()
+            except TimeoutError:
+                return None
+        return ticket.result
+
+    def completions(self, sampler: str) -> list[Ticket]:
+        """Return the finished requests of a sampling session, in the order of their ends."""
+        return self._of_sampler.get(sampler, [])
+
+    def forget_sampler(self, sampler: str) -> None:
+        """Forget what a sampling session that is over has finished."""
+        self._of_sampler.pop(sampler, None)
+
+
+def record_of(ticket: Ticket) -> Request:
+    """Return a request as the database keeps it."""
+    return Request(
+        id=ticket.id,
+        project=ticket.project,
+        key_id=ticket.key_id,
+        session=ticket.session,
+        run=ticket.run,
+        sampler=ticket.sampler,
+        kind=ticket.kind,
+        seq=ticket.seq,
+        idem=ticket.idem,
+        payload=ticket.payload,
+        created=ticket.created,
+        tokens=ticket.tokens,
+    )
+
+
+def ticket_of(record: Request) -> Ticket:
+    """Return the ticket of a request that the database has kept."""
+    ticket = Ticket(
+        id=record.id,
+        kind=record.kind,
+        project=record.project,
+        key_id=record.key_id,
+        session=record.session,
+        idem=record.idem,
+        content=None,
+        payload=record.payload,
+        run=record.run,
+        sampler=record.sampler,
+        seq=record.seq,
+        tokens=record.tokens,
+        created=record.created,
+    )
+    ticket.committed.set()
+    if record.state != "queued":
+        kind = "proto" if record.result_type == "proto" else "json"
+        ticket.result = Result(record.result or b"", kind, failed=record.state != "done")
+        ticket.finished.set()
+    return ticket

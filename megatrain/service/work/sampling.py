@@ -1,0 +1,176 @@
+"""Sampling requests of one base model: fairly to the engine, and back as results."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+
+from megatrain.errors import MegatrainError, SamplerError, StateError
+from megatrain.sampler.types import Piece, SampleRequest, SampleResult
+from megatrain.service.publish.publisher import Publisher
+from megatrain.service.publish.versions import Version
+from megatrain.service.store.records import SamplingSession
+from megatrain.service.work.fair import Fair
+from megatrain.service.work.futures import Futures
+from megatrain.service.work.ticket import Result, Ticket
+
+logger = logging.getLogger(__name__)
+
+TRIES_S = (0.2, 1.0, 3.0, 10.0, 30.0)
+"""Seconds between attempts while the engine is started again."""
+
+
+@dataclass(slots=True, eq=False)
+class SamplerState:
+    """A sampling session while this process knows it."""
+
+    record: SamplingSession
+    version: Version | None = None
+    """What it is pinned to; None for the base and for what moves with a run."""
+
+
+Encode = Callable[[SampleResult], bytes]
+Choose = Callable[[SamplerState], Version | None]
+Done = Callable[[SamplerState, Ticket, SampleRequest, SampleResult, Version | None], None]
+
+
+class Sampling:
+    """Hands sampling requests to an engine, no more at once than it can batch."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        futures: Futures,
+        *,
+        slots: int,
+        shares: Mapping[str, float],
+        choose: Choose,
+        encode: Encode,
+        done: Done,
+    ) -> None:
+        """`slots`: sequences that are given to the engine at once; `choose` says which version a
+        session means now; `done` hears of every result."""
+        self._publisher, self._futures = publisher, futures
+        self._slots, self._shares = slots, shares
+        self._choose, self._encode, self._done = choose, encode, done
+        self._waiting: dict[str, deque[tuple[SamplerState, Ticket]]] = {}
+        self._fair: Fair[str] = Fair()
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.running = 0
+        """Sequences that the engine was given."""
+        self.paused = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were not given to the engine yet."""
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, state: SamplerState, ticket: Ticket) -> None:
+        """Take a committed request in."""
+        self._waiting.setdefault(ticket.project, deque()).append((state, ticket))
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Hand out requests until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while not self.paused and self.running < self._slots and (found := self._pick()):
+                self._begin(*found)
+
+    def _pick(self) -> tuple[SamplerState, Ticket] | None:
+        heads = {}
+        for project, queue in list(self._waiting.items()):
+            while queue and queue[0][1].result is not None:  # cancelled while it waited
+                queue.popleft()
+            if queue:
+                heads[project] = float(queue[0][1].tokens)
+            else:
+                del self._waiting[project]
+        weights = {project: max(self._shares.get(project, 1.0), 1e-3) for project in heads}
+        project = self._fair.choose(heads, weights)
+        return None if project is None else self._waiting[project].popleft()
+
+    def _begin(self, state: SamplerState, ticket: Ticket) -> None:
+        request: SampleRequest = ticket.content
+        self.running += request.num_samples
+        ticket.began = time.monotonic()
+        ticket.task = task = asyncio.ensure_future(self._do(state, ticket, request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _do(self, state: SamplerState, ticket: Ticket, request: SampleRequest) -> None:
+        try:
+            result = await self._draw(state, ticket, request)
+        except asyncio.CancelledError:
+            if self.paused:  # the process ends: it is drawn after the next start
+                return
+            result = Result.of_error(StateError("the request was cancelled"))
+        except Exception as error:
+            if not isinstance(error, MegatrainError):
+                logger.exception("sampling failed")
+            result = Result.of_error(error)
+        finally:
+            self.running -= request.num_samples
+            self._wake.set()
+        await self._futures.finish(ticket, result)
+
+    async def _draw(self, state: SamplerState, ticket: Ticket, request: SampleRequest) -> Result:
+        for wait_s in (*TRIES_S, None):
+            version = self._choose(state)
+            try:
+                drawn = await self.sample(version, request)
+            except SamplerError:
+                if wait_s is None:
+                    raise
+                await asyncio.sleep(wait_s)
+                continue
+            self._done(state, ticket, request, drawn, version)
+            return Result(await asyncio.to_thread(self._encode, drawn), "proto")
+        raise AssertionError("the last attempt raises")
+
+    async def sample(self, version: Version | None, request: SampleRequest) -> SampleResult:
+        """Draw from a version, or from the base."""
+        async with self._used(version) as request_of:
+            return await self._publisher.sampler.sample(request_of(request))
+
+    async def stream(self, version: Version | None, request: SampleRequest) -> AsyncIterator[Piece]:
+        """Draw from a version, or from the base, and tell tokens while they come."""
+        async with self._used(version) as request_of:
+            async for piece in self._publisher.sampler.stream(request_of(request)):
+                yield piece
+
+    @contextlib.asynccontextmanager
+    async def _used(
+        self, version: Version | None
+    ) -> AsyncIterator[Callable[[SampleRequest], SampleRequest]]:
+        if version is None:
+            yield lambda request: replace(request, adapter=None)
+            return
+        async with self._publisher.versions.use(version) as name:
+            yield lambda request: replace(request, adapter=name)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request; what was drawn of it is lost."""
+        ticket.cancelled = True
+        if ticket.task is not None:
+            ticket.task.cancel()
+            return
+        task = asyncio.ensure_future(
+            self._futures.finish(ticket, Result.of_error(StateError("the request was cancelled")))
+        )
+        self._tasks.add(task)  # type: ignore[arg-type]
+        task.add_done_callback(self._tasks.discard)  # type: ignore[arg-type]
+        self._wake.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Start nothing more; what is not drawn in time is drawn after the next start."""
+        self.paused = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in list(self._tasks):
+            task.cancel()
