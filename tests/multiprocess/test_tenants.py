@@ -10,9 +10,9 @@ from tests.multiprocess.truth import largest_adapter_difference, largest_differe
 pytestmark = [pytest.mark.multiprocess, pytest.mark.api]
 
 SAME = 1e-6
+"""Of the largest entry: the same sums in float32, in products of other shapes."""
 GRADIENTS = 3e-6
 """Of the largest entry: float32 sums in another order; processors differ, up to 1.7e-6 was seen."""
-"""Of the largest entry: the same sums in float32, in products of other shapes."""
 SPLIT_EXPERTS = 1e-5
 """Where a router's scores and experts are summed over ranks: an adapter of rank 1 on all linears
 differs by 5e-6 then, and by 2e-6 between two packings of its data alone."""
