@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Protocol
 
 import zstandard
+from pydantic import BaseModel, ValidationError
 
 from megatrain.errors import DataError
 
@@ -24,7 +25,7 @@ _SMALL = 1 << 16
 
 
 class BodyError(DataError):
-    """A body that is not read; `status` is the HTTP status that says so: 400, 413 or 415."""
+    """A body that is not read; `status` is the HTTP status that says so: 400, 413, 415 or 422."""
 
     def __init__(self, message: str, *, status: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -131,6 +132,17 @@ def parse_json(body: bytes) -> Any:
         raise BodyError("the JSON body is nested too deeply", status=400) from None
     except ValueError as error:  # also of text that is not UTF-8, and of numbers without end
         raise BodyError(f"the body is not JSON: {error}", status=400) from None
+
+
+def parse_model[M: BaseModel](model: type[M], body: bytes) -> M:
+    """Return a JSON body as a model.  Raises BodyError: 422 says which fields are wrong."""
+    value = parse_json(body)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:  # its own text would repeat what was sent
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found[:5])
+        raise BodyError(f"the body does not fit: {said[:1000]}", status=422) from None
 
 
 def _too_large(max_bytes: int) -> BodyError:

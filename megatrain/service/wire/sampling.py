@@ -11,14 +11,14 @@ from megatrain.sampler.types import IntArray, SampledSequence, SampleRequest, Sa
 from megatrain.service.wire import tinker_wire_pb2 as wire
 from megatrain.service.wire.check import check_ids
 from megatrain.service.wire.passes import not_text
-from megatrain.service.wire.schema.sampling import AsampleRequest, SamplingParams, TargetTokens
+from megatrain.service.wire.schema.sampling import SampleBody, SamplingParams, TargetTokens
 from megatrain.service.wire.tensors import Room, csr_cells, tensor_of_json
 
 _MAX_SEED = (1 << 63) - 1
 
 
 def to_sample_request(
-    body: AsampleRequest,
+    body: SampleBody,
     limits: Limits,
     *,
     vocab_size: int,
@@ -49,7 +49,7 @@ def to_sample_request(
     )
 
 
-def prompt_of(body: AsampleRequest, vocab_size: int) -> tuple[int, ...]:
+def prompt_of(body: SampleBody, vocab_size: int) -> tuple[int, ...]:
     """Return the tokens of a body's prompt.  Raises DataError."""
     tokens: list[int] = []
     for chunk in body.prompt.chunks:
@@ -80,7 +80,7 @@ def _max_tokens(given: int | None, prompt: int, limits: Limits, max_context_leng
     return given
 
 
-def _check_counts(body: AsampleRequest, prompt: int, limits: Limits) -> None:
+def _check_counts(body: SampleBody, prompt: int, limits: Limits) -> None:
     if body.num_samples > limits.max_samples:
         raise DataError(f"num_samples must be from 1 to {limits.max_samples}")
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
@@ -109,7 +109,7 @@ def _stop(params: SamplingParams, vocab_size: int) -> tuple[str, ...] | tuple[in
     return tokens
 
 
-def _targets(body: AsampleRequest, prompt: int, limits: Limits, vocab_size: int) -> IntArray | None:
+def _targets(body: SampleBody, prompt: int, limits: Limits, vocab_size: int) -> IntArray | None:
     given = body.target_prompt_logprobs
     if given is None:
         return None

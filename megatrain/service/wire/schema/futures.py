@@ -16,7 +16,7 @@ class FutureReply(Reply):
     """Names of the sequences that asample draws."""
 
 
-class RetrieveFutureRequest(Request):
+class FutureRetrieveRequest(Request):
     """POST retrieve_future."""
 
     request_id: RequestId
@@ -55,7 +55,7 @@ class FuturesTarget(Request):
     """seq_id // 1_000_000_000 of its requests."""
 
 
-class RetrieveFuturesRequest(Request):
+class FuturesRetrieveRequest(Request):
     """POST retrieve_futures."""
 
     target: FuturesTarget
@@ -73,7 +73,7 @@ class Completion(Reply):
     response_payload_uncompressed_size: int | None = None
 
 
-class RetrieveFuturesReply(Reply):
+class FuturesRetrieveReply(Reply):
     """What is done since the cursor."""
 
     completions: list[Completion]

@@ -103,7 +103,7 @@ class SamplingParams(Request):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-class AsampleRequest(Request):
+class SampleBody(Request):
     """POST asample."""
 
     num_samples: int = Field(default=1, ge=1, le=1 << 16)

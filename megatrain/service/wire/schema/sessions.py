@@ -36,13 +36,13 @@ class CreateSessionReply(Reply):
     type: Literal["create_session"] = "create_session"
 
 
-class HeartbeatRequest(Request):
+class SessionHeartbeatRequest(Request):
     """POST session_heartbeat."""
 
     session_id: SessionId
 
 
-class HeartbeatReply(Reply):
+class SessionHeartbeatReply(Reply):
     """The session lives."""
 
     type: Literal["session_heartbeat"] = "session_heartbeat"

@@ -20,10 +20,8 @@ from megatrain.service.wire.schema.base import (
 )
 from megatrain.service.wire.schema.optimizers import OptimizerConfig
 
-CheckpointName = Annotated[
-    str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=+@-]*$")
-]
-"""The last part of a checkpoint's path: it begins with a letter, a digit or _, and has no slash."""
+CheckpointName = Annotated[str, Field(min_length=1, max_length=256)]
+"""The last part of a checkpoint's path; which names will do is checked where files are kept."""
 _AccessToken = Annotated[str, Field(max_length=4096)]
 
 
