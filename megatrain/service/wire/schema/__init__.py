@@ -101,9 +101,9 @@ from megatrain.service.wire.schema.training import GetInfoReply as GetInfoReply
 from megatrain.service.wire.schema.training import GetInfoRequest as GetInfoRequest
 from megatrain.service.wire.schema.training import LoraConfig as LoraConfig
 from megatrain.service.wire.schema.training import ModelData as ModelData
+from megatrain.service.wire.schema.training import OptimizerReply as OptimizerReply
 from megatrain.service.wire.schema.training import OptimStepReply as OptimStepReply
 from megatrain.service.wire.schema.training import OptimStepRequest as OptimStepRequest
-from megatrain.service.wire.schema.training import OptimizerReply as OptimizerReply
 from megatrain.service.wire.schema.training import UnloadModelReply as UnloadModelReply
 from megatrain.service.wire.schema.training import UnloadModelRequest as UnloadModelRequest
 from megatrain.service.wire.schema.training import WeightsInfoReply as WeightsInfoReply
