@@ -142,7 +142,7 @@ def csr_cells(
 ) -> tuple[IntArray, IntArray]:
     """Return row and column of each of `count` listed cells, checked.  Raises DataError."""
     if shape is None or len(shape) != 2 or min(shape) < 0:
-        raise DataError(f"{what} is sparse, so its shape must be [rows, columns], not {shape}")
+        raise DataError(f"{what} is sparse, so its shape must be [rows, columns]")
     room.take(what, shape)
     if len(crow) != shape[0] + 1 or len(col) != count:
         raise DataError(
