@@ -13,11 +13,12 @@ from megatrain.cli.data import command as data
 from megatrain.cli.models import command as models
 from megatrain.cli.plan import command as plan
 from megatrain.cli.quickstart import command as quickstart
+from megatrain.cli.serve import command as serve
 from megatrain.cli.top import command as top
 from megatrain.cli.train import command as train
 from megatrain.errors import MegatrainError
 
-COMMANDS = (quickstart, train, worker, top, plan, data, models, convert, bench, doctor)
+COMMANDS = (quickstart, train, serve, worker, top, plan, data, models, convert, bench, doctor)
 """Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
 
 

@@ -149,6 +149,11 @@ class Fleet:
         """Have a command done, and return its value.  Raises what the ranks raised."""
         return await self.submit(lambda: command, tag)
 
+    async def inspect(self) -> dict[str, Any]:
+        """Return what the ranks hold."""
+        found: dict[str, Any] = await asyncio.to_thread(self.driver.inspect)
+        return found
+
     def confirm(self, tag: str) -> None:
         """Say that the result of a tagged command is kept."""
         if self._driver is not None and not self._driver.is_over:

@@ -82,9 +82,9 @@ class TrainerSampler:
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[Piece]:
         """Raise DataError: nothing is drawn here."""
-        await self.sample(request)
-        for piece in ():
-            yield piece
+        result = await self.sample(request)
+        for index, each in enumerate(result.sequences):
+            yield Piece(index, each.tokens, each.logprobs, each.stop_reason)
 
     def status(self) -> SamplerStatus:
         """Return how it is."""

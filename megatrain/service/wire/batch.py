@@ -31,6 +31,7 @@ def to_batch(request: PassRequest, adapter: str) -> AdapterBatch:
     if request.loss_fn == "cross_entropy" and "weights" not in names:
         names.append("weights")
     width = max(_width(datum) for datum in request.data)
+    width = 0 if width == 1 else width  # one target a position, in a column
     columns: dict[str, list[npt.NDArray[Any]]] = {
         _NAMES.get(name, name): [_column(request, datum, name, width) for datum in request.data]
         for name in names
@@ -63,7 +64,7 @@ def _column(request: PassRequest, datum: Datum, name: str, width: int) -> FloatA
     elif name in BOUNDS and given.shape != shape:
         given = np.full(shape, given.reshape(-1)[0], dtype=np.float32)
     result: FloatArray = np.ascontiguousarray(given, dtype=np.float32)
-    return _wide(result, width) if width else result
+    return _wide(result, width) if width else result.reshape(-1)
 
 
 def _fill(request: PassRequest, name: str) -> float:

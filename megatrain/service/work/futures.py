@@ -2,23 +2,41 @@
 
 import asyncio
 import collections
-import itertools
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from megatrain.config.service import Limits
 from megatrain.errors import MegatrainError, NotFoundError
 from megatrain.service.store import requests
 from megatrain.service.store.records import Request
-from megatrain.service.store.store import Store
-from megatrain.service.work.ticket import Result, Ticket, busy
+from megatrain.service.store.store import Change, Store
+from megatrain.service.work.ticket import Result, ResultKind, Ticket, busy
 
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 << 20
 """Results that are kept in memory after they were committed; older ones are read again."""
-MAX_SESSIONS_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A sampling request that is done."""
+
+    request_id: str
+    failed: bool
+    size: int
+    """Bytes of its result."""
+
+    def said(self) -> dict[str, Any]:
+        """Return it as clients read it."""
+        if self.failed:
+            return {"state": "failed", "request_id": self.request_id}
+        said = {"state": "finished", "request_id": self.request_id}
+        return said | {"response_payload_uncompressed_size": self.size}
 
 
 class Futures:
@@ -31,11 +49,10 @@ class Futures:
         self._kept: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
         self._kept_bytes = 0
         self._counts: collections.Counter[str] = collections.Counter()
-        self._arrivals = itertools.count()
-        self.finished = asyncio.Condition()
-        """Notified when anything is finished."""
-        self._of_sampler: dict[str, list[Ticket]] = {}
-        """Finished tickets by sampling session, in the order in which they were finished."""
+        self._ends = asyncio.Event()
+        self._anything = asyncio.Event()
+        """Set, and made anew, when anything is finished."""
+        self._of_sampler: dict[str, list[Completion]] = {}
 
     def num_open(self, project: str | None = None) -> int:
         """Return how many requests wait or run, of one project or of all."""
@@ -65,8 +82,10 @@ class Futures:
         if len(self._open) >= self._limits.max_queued_total:
             raise busy("all projects", self._limits.max_queued_total, 2.0)
 
-    async def accept(self, ticket: Ticket) -> Ticket:
+    async def accept(self, ticket: Ticket, *changes: Change) -> Ticket:
         """Commit a request and return its ticket, or that of the same request that came before.
+
+        `changes` are committed with it.
 
         Raises BusyError while too much waits; what the store raises if it cannot be committed.
         """
@@ -77,7 +96,7 @@ class Futures:
         self.check_room(ticket.project)
         self._add(ticket)
         try:
-            await self._store.write(requests.add(record_of(ticket)))
+            await self._store.write(requests.add(record_of(ticket)), *changes)
         except BaseException as error:
             ticket.refused = error if isinstance(error, MegatrainError) else None
             self._drop(ticket)
@@ -112,8 +131,11 @@ class Futures:
         if self._by_idem.get(ticket.idem) is ticket:
             del self._by_idem[ticket.idem]
 
-    async def finish(self, ticket: Ticket, result: Result) -> None:
-        """Commit a result and give it to who waits; the first result counts."""
+    async def finish(self, ticket: Ticket, result: Result, *changes: Change) -> None:
+        """Commit a result and give it to who waits; the first result counts.
+
+        `changes` are committed with it.
+        """
         if ticket.id not in self._open or ticket.result is not None:
             return
         ticket.result = result
@@ -121,16 +143,18 @@ class Futures:
         if ticket.cancelled:
             state = "cancelled"
         await self._store.write(
-            requests.finish(ticket.id, state, result.data, result.kind, time.time(), ticket.tokens)
+            requests.finish(ticket.id, state, result.data, result.kind, time.time(), ticket.tokens),
+            *changes,
         )
         self._drop(ticket)
-        ticket.content = ticket.payload = b""
+        ticket.content, ticket.payload, ticket.ended = None, b"", time.monotonic()
         self._keep(ticket)
         if ticket.sampler is not None:
-            self._of_sampler.setdefault(ticket.sampler, []).append(ticket)
+            done = Completion(ticket.id, result.failed, len(result.data))
+            self._of_sampler.setdefault(ticket.sampler, []).append(done)
         ticket.finished.set()
-        async with self.finished:
-            self.finished.notify_all()
+        self._anything.set()
+        self._anything = asyncio.Event()
 
     def _keep(self, ticket: Ticket) -> None:
         assert ticket.result is not None
@@ -154,15 +178,35 @@ class Futures:
 
     async def wait(self, ticket: Ticket, timeout_s: float) -> Result | None:
         """Return a request's result; None if there is none in time."""
-        if ticket.result is None or not ticket.finished.is_set():
+        if not ticket.finished.is_set():
+            waits = [asyncio.ensure_future(e.wait()) for e in (ticket.finished, self._ends)]
             try:
-                async with asyncio.timeout(timeout_s):
-                    await ticket.finished.wait()
-            except TimeoutError:
-                return None
-        return ticket.result
+                await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for each in waits:
+                    each.cancel()
+        return ticket.result if ticket.finished.is_set() else None
 
-    def completions(self, sampler: str) -> list[Ticket]:
+    def wake(self) -> None:
+        """Let nobody wait for a result any longer: this process ends."""
+        self._ends.set()
+
+    def forget_before(self, when: float) -> None:
+        """Forget results that were finished before, by time.monotonic."""
+        while self._kept:
+            oldest = next(iter(self._kept.values()))
+            if oldest.ended >= when:
+                return
+            del self._kept[oldest.id]
+            self._kept_bytes -= len(oldest.result.data) if oldest.result else 0
+
+    async def anything(self, timeout_s: float) -> None:
+        """Wait until any request is finished, or for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(timeout_s, 1.0) if self._ends.is_set() else timeout_s):
+                await self._anything.wait()
+
+    def completions(self, sampler: str) -> "list[Completion]":
         """Return the finished requests of a sampling session, in the order of their ends."""
         return self._of_sampler.get(sampler, [])
 
@@ -208,7 +252,7 @@ def ticket_of(record: Request) -> Ticket:
     )
     ticket.committed.set()
     if record.state != "queued":
-        kind = "proto" if record.result_type == "proto" else "json"
+        kind: ResultKind = "proto" if record.result_type == "proto" else "json"
         ticket.result = Result(record.result or b"", kind, failed=record.state != "done")
         ticket.finished.set()
     return ticket

@@ -15,6 +15,11 @@ class RunQueue[T]:
         """When the first request came that waits for a lower number."""
         self._skip()
 
+    @property
+    def last(self) -> int:
+        """The greatest number that has come."""
+        return max(self.next_seq - 1, max(self._waiting, default=-1), max(self._done, default=-1))
+
     def __len__(self) -> int:
         return len(self._waiting)
 

@@ -30,6 +30,8 @@ class SamplerState:
     record: SamplingSession
     version: Version | None = None
     """What it is pinned to; None for the base and for what moves with a run."""
+    clones: int = 0
+    """Numbers that were given to clones of its client."""
 
 
 Encode = Callable[[SampleResult], bytes]
@@ -92,8 +94,8 @@ class Sampling:
             else:
                 del self._waiting[project]
         weights = {project: max(self._shares.get(project, 1.0), 1e-3) for project in heads}
-        project = self._fair.choose(heads, weights)
-        return None if project is None else self._waiting[project].popleft()
+        chosen = self._fair.choose(heads, weights)
+        return None if chosen is None else self._waiting[chosen].popleft()
 
     def _begin(self, state: SamplerState, ticket: Ticket) -> None:
         request: SampleRequest = ticket.content

@@ -17,8 +17,6 @@ from megatrain.service.work.ticket import Ticket
 logger = logging.getLogger(__name__)
 
 PASSES = frozenset({"forward", "forward_backward"})
-PIPELINED = frozenset({"forward_backward", "optim_step"})
-"""What the ranks redo in order after a loss: the run's next request may follow at once."""
 OPERATION_COST = 64.0
 """What anything but a pass is charged, in tokens."""
 MAX_OPERATIONS = 64
@@ -168,7 +166,7 @@ class Scheduler:
     def _begin(self, members: list[Member]) -> None:
         is_pass = members[0][1].kind in PASSES
         # Runs that share a pass wait for it: should it be refused, each tries alone, in order.
-        barrier = len(members) > 1 or members[0][1].kind not in PIPELINED
+        barrier = len(members) > 1 or members[0][1].is_barrier
         for run, ticket in members:
             run.blocked = run.blocked or barrier
             run.in_flight.add(ticket.id)
@@ -195,7 +193,7 @@ class Scheduler:
                 self._operations -= 1
             for run, ticket in members:
                 run.in_flight.discard(ticket.id)
-                if len(members) > 1 or ticket.kind not in PIPELINED:
+                if len(members) > 1 or ticket.is_barrier:
                     run.blocked = False
             self._wake.set()
 

@@ -86,10 +86,15 @@ class Ticket:
     cancelled: bool = False
     task: "asyncio.Task[Any] | None" = None
     """What works on it, where that can be cancelled."""
+    is_barrier: bool = True
+    """Whether the run's next request waits for its end; False where the ranks redo it in order
+    after a loss."""
     tag: str = ""
     """Of the command that an earlier process had given to the ranks for it."""
     began: float = 0.0
     """When it left its queue, by time.monotonic."""
+    ended: float = 0.0
+    """When it was finished, by time.monotonic."""
 
 
 def busy(what: str, limit: int, retry_after_s: float = 1.0) -> BusyError:

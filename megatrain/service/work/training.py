@@ -14,8 +14,7 @@ from megatrain.bus.commands import Command, ForwardBackwardMany, ForwardMany
 from megatrain.bus.failures import error_of
 from megatrain.errors import DataError, MegatrainError
 from megatrain.service.fleet.fleet import Fleet, is_shutdown
-from megatrain.service.store import points, runs
-from megatrain.service.store.records import Point
+from megatrain.service.store import runs
 from megatrain.service.store.store import Change
 from megatrain.service.wire.batch import from_output, to_batch
 from megatrain.service.wire.passes import encode_pass_result
@@ -129,15 +128,3 @@ def _command(members: Sequence[Member], train: bool, tag: str) -> Command:
     if train:
         return ForwardBackwardMany(batches=batches, tag=tag)
     return ForwardMany(batches=batches)
-
-
-def step_points(run: RunState, metrics: dict[str, float]) -> list[Change]:
-    """Return what a step adds to the run's curves, and begin the next one."""
-    values = {name.split(":")[0]: value for name, value in metrics.items()}
-    if run.pass_tokens:
-        values["loss"] = run.pass_loss / run.pass_tokens
-        values["tokens_per_s"] = run.pass_tokens / max(run.pass_seconds, 1e-9)
-        values["tokens"] = float(run.pass_tokens)
-    now = time.time()
-    run.pass_tokens, run.pass_loss, run.pass_seconds = 0, 0.0, 0.0
-    return [points.add([Point(run.id, run.step, now, *item) for item in values.items()])]

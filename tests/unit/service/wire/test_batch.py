@@ -96,6 +96,20 @@ def test_several_targets_are_made_equally_wide():
     assert batch.inputs[0]["labels"].tolist() == [IGNORED_LABEL, 1, 4]
 
 
+def test_one_target_a_position_may_stand_in_a_column():
+    column = Datum(
+        np.int64([1, 2]),
+        {"target_tokens": np.int64([[3], [4]]), "weights": np.float32([[1], [0.5]])},
+    )
+    request = _request(column, _datum(7))
+    batch = to_batch(request, "a")
+    assert [each.tolist() for each in batch.loss_inputs["weights"]] == [[1, 0.5], [1]]
+    assert batch.loss_inputs.keys() == {"weights"}
+    output = StepOutput(loss=1.0, logps=[np.float32([0, -1, -2]), np.float32([0, -3])])
+    outputs = from_output(request, output).outputs
+    assert [each["logprobs"].tolist() for each in outputs] == [[[-1], [-2]], [-3]]
+
+
 def test_log_probabilities_have_the_shape_of_their_targets():
     request = _request(_datum(7, 8), _datum(9))
     output = StepOutput(loss=1.0, logps=[np.float32([0, -1, -2]), np.float32([0, -3])])

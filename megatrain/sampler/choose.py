@@ -1,0 +1,23 @@
+"""Which engine samples of a base model."""
+
+from pathlib import Path
+
+from megatrain.config.service import SamplerConfig
+from megatrain.errors import ConfigError
+from megatrain.sampler.types import Sampler
+
+
+def make_sampler(config: SamplerConfig, model: Path, *, is_float32: bool) -> Sampler | None:
+    """Return the engine that `config` asks for, not yet started; None if nobody samples.
+
+    Raises ConfigError for one that this version has not.
+    """
+    if config.engine == "none":
+        return None
+    if config.engine == "vllm" or config.address is not None:
+        raise ConfigError(
+            "the engine vllm is not here yet", hint="sampler='transformers', or 'none'"
+        )
+    from megatrain.sampler.transformers_sampler import TransformersSampler
+
+    return TransformersSampler(config, model, is_float32=is_float32)

@@ -1,0 +1,75 @@
+"""The HTTP application: routes, and errors as answers."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from megatrain import __version__
+from megatrain.errors import (
+    BusyError,
+    DeniedError,
+    MegatrainError,
+    NotFoundError,
+    RankError,
+    SamplerError,
+)
+from megatrain.service.hub import Hub
+from megatrain.service.tinker import checkpoints, futures, rest, sampling, service, training
+from megatrain.service.wire.bodies import BodyError
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "/api/v1"
+
+
+def create_app(hub: Hub) -> FastAPI:
+    """Return the application of a hub."""
+    app = FastAPI(
+        title="megatrain",
+        version=__version__,
+        description="Training of LoRA adapters for many tenants: the Tinker API.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.hub = hub
+    for part in (service, training, futures, sampling, rest, checkpoints):
+        app.include_router(part.router, prefix=PREFIX)
+    app.add_exception_handler(MegatrainError, _refuse)
+    app.add_exception_handler(BodyError, _refuse_body)
+    app.add_exception_handler(Exception, _fail)
+    return app
+
+
+def status_of(error: MegatrainError) -> int:
+    """Return the HTTP status of an error."""
+    if isinstance(error, NotFoundError):
+        return 404
+    if isinstance(error, DeniedError):
+        return 403 if "scope" in error.message else 401
+    if isinstance(error, BusyError):
+        return 429
+    if isinstance(error, RankError | SamplerError):
+        return 503
+    return 400
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, MegatrainError)
+    status = status_of(error)
+    headers = {}
+    if isinstance(error, BusyError):
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse({"detail": str(error)}, status, headers)
+
+
+async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, BodyError)
+    return JSONResponse({"detail": str(error)}, error.status)
+
+
+async def _fail(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"detail": "the server failed; its log says why"}, 500)

@@ -1,0 +1,127 @@
+"""From a request's headers to who asks."""
+
+import hmac
+import time
+from collections.abc import Mapping
+
+from megatrain.config.service import ServiceConfig
+from megatrain.errors import BusyError, DeniedError
+from megatrain.service.auth.bucket import Buckets
+from megatrain.service.auth.key import PREFIX, digest, new_key
+from megatrain.service.auth.principal import SCOPES, Principal
+from megatrain.service.store import keys, usage
+from megatrain.service.store.records import ApiKey, AuditEntry, Project
+from megatrain.service.store.store import Store
+
+FIRST_PROJECT = "default"
+LOCAL = Principal("local", 0, frozenset(SCOPES), "local")
+"""Whoever asks a service without keys."""
+KNOWN_FOR_S = 0.9
+"""A key is looked up again so soon: one that is revoked works no longer than that."""
+USED_EVERY_S = 60.0
+
+
+class Authenticator:
+    """Knows keys, and how often they ask."""
+
+    def __init__(self, store: Store, config: ServiceConfig) -> None:
+        self._store, self._config = store, config
+        self._known: dict[str, tuple[float, ApiKey | None]] = {}
+        self._used: dict[int, float] = {}
+        self._buckets = Buckets(config.limits.requests_per_s)
+        self._spent: dict[tuple[str, str], int] = {}
+
+    async def first_key(self) -> str | None:
+        """Make the first key, and return it; None if there is one, or none is asked for."""
+        if not self._config.keys:
+            return None
+        if len(await self._store.read(keys.all_keys())):
+            return None
+        key, record = new_key(FIRST_PROJECT, "first", SCOPES)
+        project = Project(id=FIRST_PROJECT, name=FIRST_PROJECT, created=time.time())
+        await self._store.write(keys.add_project(project), keys.add(record))
+        return key
+
+    async def authenticate(self, headers: Mapping[str, str], scope: str) -> Principal:
+        """Return who asks.
+
+        Raises DeniedError for a key that is missing, unknown, over or not for this; BusyError for
+        one that asks too often.
+        """
+        if not self._config.keys:
+            return LOCAL
+        key = key_of(headers)
+        if not key.startswith(PREFIX):
+            raise DeniedError(
+                "an API key is needed: X-API-Key, or Authorization: Bearer",
+                hint="megatrain keys create makes one",
+            )
+        record = await self._lookup(key)
+        now = time.time()
+        if record is None or record.revoked is not None:
+            raise DeniedError("this API key is not known, or was revoked")
+        if record.expires is not None and record.expires < now:
+            raise DeniedError("this API key has expired")
+        who = Principal(record.project, record.id, frozenset(record.scopes), record.name)
+        if not who.may(scope):
+            raise DeniedError(f"this API key has not the scope {scope!r}")
+        self._buckets.take(record.id)
+        await self._note_use(record, now)
+        return who
+
+    async def _lookup(self, key: str) -> ApiKey | None:
+        wanted, now = digest(key), time.monotonic()
+        when, record = self._known.get(wanted, (-1e9, None))
+        if now - when > KNOWN_FOR_S:
+            record = await self._store.read(keys.by_hash(wanted))
+            if len(self._known) > 10000:
+                self._known.clear()
+            self._known[wanted] = now, record
+        if record is None or not hmac.compare_digest(record.hash, wanted):
+            return None
+        return record
+
+    async def _note_use(self, record: ApiKey, now: float) -> None:
+        if now - self._used.get(record.id, 0.0) > USED_EVERY_S:
+            self._used[record.id] = now
+            await self._store.write(keys.used(record.id, now))
+
+    async def spend(self, who: Principal, tokens: int) -> None:
+        """Count tokens against a project's day.  Raises BusyError where they are used up."""
+        limit = self._config.limits.tokens_per_day
+        if limit is None:
+            return
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        if (who.project, day) not in self._spent:
+            self._spent = {key: value for key, value in self._spent.items() if key[1] == day}
+            used = await self._store.read(usage.tokens_of(who.project, day))
+            self._spent.setdefault((who.project, day), used)
+        used = self._spent[who.project, day]
+        if used + tokens > limit:
+            raise BusyError(
+                f"this project has used {used} of {limit} tokens today",
+                hint="it begins anew at midnight, UTC",
+                retry_after_s=86400.0 - time.time() % 86400.0,
+            )
+        self._spent[who.project, day] = used + tokens
+        await self._store.write(usage.count(day, who.project, who.key_id, "tokens", tokens))
+
+    async def audit(self, who: Principal, action: str, what: str, address: str = "") -> None:
+        """Write down what a key has done."""
+        entry = AuditEntry(
+            time=time.time(),
+            project=who.project,
+            key_id=who.key_id,
+            action=action,
+            object=what,
+            address=address,
+        )
+        await self._store.write(usage.audit(entry))
+
+
+def key_of(headers: Mapping[str, str]) -> str:
+    """Return the key that a request shows, or an empty text."""
+    if key := headers.get("x-api-key", ""):
+        return key.strip()
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,1 @@
+"""Checkpoints' files: in a folder, or wherever fsspec reaches."""

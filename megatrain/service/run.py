@@ -1,0 +1,128 @@
+"""The service as a process: binds, says where it is, serves, and ends in an orderly way."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from megatrain.config.service import ServiceConfig
+from megatrain.errors import ConfigError, MegatrainError
+from megatrain.log import setup_logging
+from megatrain.service.app import create_app
+from megatrain.service.hub import Hub
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 4096
+"""Connections that may wait: clients poll with thousands at once."""
+LAST_ANSWERS_S = 5
+"""Seconds that open connections get at the end."""
+
+
+def serve(config: ServiceConfig, *, prepare: Callable[[], None] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status.
+
+    `prepare` runs after the address was told, before the models are loaded.  Raises ConfigError if
+    the address is taken.
+    """
+    setup_logging()
+    with _bind(config) as listener:
+        return asyncio.run(_serve(config, listener, prepare))
+
+
+def _bind(config: ServiceConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{config.host}:{config.port} cannot be listened on: {error}",
+            hint="--port 0 takes any that is free",
+        ) from error
+    listener.listen(BACKLOG)
+    return listener
+
+
+async def _serve(
+    config: ServiceConfig, listener: socket.socket, prepare: Callable[[], None] | None
+) -> int:
+    hub = Hub(config)
+    first_key = await hub.open()
+    _announce(config, listener.getsockname(), first_key)
+    server = uvicorn.Server(_uvicorn_config(hub, config))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    starting = asyncio.ensure_future(_start(hub, prepare))
+    ending = asyncio.ensure_future(stopped.wait())
+    status = 0
+    try:
+        await asyncio.wait({serving, starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not starting.cancelled() and starting.exception() is None:
+            await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        elif starting.done():
+            status = _say(starting.exception())
+    finally:
+        starting.cancel()
+        await hub.drain()
+        server.should_exit = True
+        await serving
+        await hub.close()
+    return status
+
+
+async def _start(hub: Hub, prepare: Callable[[], None] | None) -> None:
+    if prepare is not None:
+        await asyncio.to_thread(prepare)
+    await hub.start()
+    logger.info("ready")
+
+
+def _say(error: BaseException | None) -> int:
+    if isinstance(error, MegatrainError | OSError):
+        sys.stderr.write(f"megatrain serve: {type(error).__name__}: {error}\n")
+    else:
+        logger.error("the service could not start", exc_info=error)
+    return 1
+
+
+def _uvicorn_config(hub: Hub, config: ServiceConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(hub),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+        root_path=config.root_path,
+    )
+
+
+def _announce(config: ServiceConfig, address: tuple[object, ...], first_key: str | None) -> None:
+    """Say where the service is, with what key, and how it is used."""
+    host = f"[{address[0]}]" if ":" in str(address[0]) else address[0]
+    url = config.public_url or f"http://{host}:{address[1]}"
+    key = first_key or ("tml-any" if not config.keys else "YOUR KEY (megatrain keys create)")
+    name = config.models[0].name
+    lines = [
+        f"megatrain serves {', '.join(model.name for model in config.models)} at {url}",
+        f"API key: {key}",
+        "",
+        "    import tinker",
+        f'    client = tinker.ServiceClient(base_url="{url}", api_key="{key}")',
+        f'    training = client.create_lora_training_client(base_model="{name}", rank=16)',
+        "",
+    ]
+    print("\n".join(lines), flush=True)  # noqa: T201 - what the command says

@@ -1,0 +1,1 @@
+"""What the service comes back from: sessions, runs, requests, results, keys, checkpoints."""

@@ -1,0 +1,37 @@
+"""Who asks, and of what: what every endpoint begins with."""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from megatrain.service.auth.principal import Principal
+from megatrain.service.hub import Hub
+
+
+def hub_of(request: Request) -> Hub:
+    """Return the service."""
+    return cast(Hub, request.app.state.hub)
+
+
+def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
+    """Return a dependency: the caller, whose key must have a scope."""
+
+    async def principal(request: Request) -> Principal:
+        return await hub_of(request).auth.authenticate(request.headers, scope)
+
+    return principal
+
+
+TheHub = Annotated[Hub, Depends(hub_of)]
+Reader = Annotated[Principal, Depends(needs("read"))]
+Trainer = Annotated[Principal, Depends(needs("train"))]
+Admin = Annotated[Principal, Depends(needs("admin"))]
+Sampler = Annotated[Principal, Depends(needs("sample"))]
+
+Json = dict[str, Any]
+
+
+def address_of(request: Request) -> str:
+    """Return where a request came from."""
+    return request.client.host if request.client is not None else ""

@@ -1,0 +1,138 @@
+"""What is no pass: an adapter's beginning and end, its steps, and the weights that it is given."""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatrain.bus.commands import AddAdapter, ClipGradAndStep, DeleteAdapter, Resume
+from megatrain.config.lora_parts import targets
+from megatrain.errors import ConfigError, DataError
+from megatrain.service.fleet.fleet import Fleet
+from megatrain.service.store import points, runs
+from megatrain.service.store.records import Point
+from megatrain.service.store.store import Change
+from megatrain.service.work.run_state import RunState
+from megatrain.service.work.ticket import Result, Ticket
+
+LORA_ALPHA = 32.0
+"""The API has no alpha; 32 is what other services of it take."""
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("AdamW", {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-12, "weight_decay": 0.0}),
+    "dimuon": (
+        "Muon",
+        {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
+    ),
+}
+"""Of the API's families: ours, with the options that hold until the first step says others."""
+
+Done = tuple[Result, Sequence[Change]]
+Fetch = Callable[[RunState, str], Awaitable[Path]]
+"""Returns the local folder of a checkpoint that the run's project may read."""
+AfterStep = Callable[[RunState], Awaitable[None]]
+
+
+class Operations:
+    """Does requests that are no pass and write no files."""
+
+    def __init__(self, fleet: Fleet, fetch: Fetch, after_step: AfterStep) -> None:
+        """`after_step` hears of every step, while the next request waits if it has to."""
+        self._fleet, self._fetch, self._after_step = fleet, fetch, after_step
+
+    async def create(self, run: RunState, ticket: Ticket) -> Done:
+        """Make a run's adapter."""
+        lora = run.record.lora
+        fields = targets(
+            attn=lora["train_attn"], mlp=lora["train_mlp"], unembed=lora["train_unembed"]
+        )
+        command = AddAdapter(
+            adapter=run.adapter,
+            lora={"r": run.record.lora_rank, "lora_alpha": LORA_ALPHA, **fields},
+            seed=lora.get("seed"),
+            optimizer=OPTIMIZERS[run.record.optimizer["type"]],
+            tag=ticket.id,
+        )
+        await self._fleet.do(command, ticket.id)
+        said = {"model_id": run.id, "type": "create_model"}
+        return Result.of_json(said), [runs.set_state(run.id, "live")]
+
+    async def load(self, run: RunState, ticket: Ticket) -> Done:
+        """Give a run the weights of a checkpoint; make its adapter if it has none."""
+        content = ticket.content
+        folder = await self._fetch(run, content["path"])
+        command = Resume(
+            adapter=run.adapter,
+            checkpoint=str(folder),
+            with_optimizer=content["optimizer"],
+            optimizer=OPTIMIZERS[run.record.optimizer["type"]],
+            tag=ticket.id,
+        )
+        place = await self._fleet.do(command, ticket.id)
+        run.step = int(place["cur_step"])
+        said = {"path": content["path"], "model_id": run.id, "type": "load_weights"}
+        return Result.of_json(said), [runs.set_state(run.id, "live")]
+
+    async def step(self, run: RunState, ticket: Ticket) -> Done:
+        """Let the optimizer change the adapter, with the options that this step names."""
+        clip, options = step_options(run, ticket.content)
+        command = ClipGradAndStep(
+            adapter=run.adapter, max_grad_norm=clip, options=options, tag=ticket.id
+        )
+        norm = await self._fleet.do(command, ticket.id)
+        run.step += 1
+        metrics = {"grad_norm": float(norm), "step": float(run.step)}
+        changes = _points(run, metrics | {"lr": options["lr"]})
+        await self._after_step(run)
+        return Result.of_json({"metrics": metrics, "type": "optim_step"}), changes
+
+    async def unload(self, run: RunState, ticket: Ticket) -> Done:
+        """Take a run's adapter off the ranks; its checkpoints stay."""
+        await self._fleet.do(DeleteAdapter(adapter=run.adapter, tag=ticket.id), ticket.id)
+        run.closed = True
+        said = {"model_id": run.id, "type": "unload_model"}
+        return Result.of_json(said), [runs.set_state(run.id, "released")]
+
+
+def step_options(run: RunState, content: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Return max_grad_norm and the optimizer's options.  Raises DataError for the other family."""
+    family = run.record.optimizer["type"]
+    given = content.get("optimizer_params") or content.get("adam_params") or {}
+    kind = given.get("type", "adamw")
+    if kind != family:
+        raise DataError(
+            f"this run was created with the optimizer {family!r}, and the step has parameters of "
+            f"{kind!r}"
+        )
+    clip = max(0.0, float(given.get("grad_clip_norm", 0.0)))
+    lr = float(given.get("learning_rate", 1e-4))
+    if family == "dimuon":
+        return clip, {"lr": lr, "momentum": float(given.get("beta1", 0.9))}
+    return clip, {
+        "lr": lr,
+        "betas": [float(given.get("beta1", 0.9)), float(given.get("beta2", 0.95))],
+        "eps": float(given.get("eps", 1e-12)),
+        "weight_decay": float(given.get("weight_decay", 0.0)),
+    }
+
+
+def check_optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer_config that this service has.  Raises ConfigError."""
+    kind = config.get("type", "adamw")
+    if kind not in OPTIMIZERS:
+        raise ConfigError(
+            f"the optimizer {kind!r} is not known here; known: {', '.join(OPTIMIZERS)}"
+        )
+    return {"type": kind} if kind == "adamw" else {"type": kind, "version": 1}
+
+
+def _points(run: RunState, metrics: dict[str, float]) -> list[Change]:
+    """Return what a step adds to the run's curves, and begin the next one."""
+    values = dict(metrics)
+    values.pop("step", None)
+    if run.pass_tokens:
+        values["loss"] = run.pass_loss / run.pass_tokens
+        values["tokens_per_s"] = run.pass_tokens / max(run.pass_seconds, 1e-9)
+        values["tokens"] = float(run.pass_tokens)
+    now = time.time()
+    run.pass_tokens, run.pass_loss, run.pass_seconds = 0, 0.0, 0.0
+    return [points.add([Point(run.id, run.step, now, name, values[name]) for name in values])]
