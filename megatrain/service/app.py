@@ -17,6 +17,7 @@ from megatrain.errors import (
 from megatrain.service.hub import Hub
 from megatrain.service.tinker import checkpoints, futures, rest, sampling, service, training
 from megatrain.service.wire.bodies import BodyError
+from megatrain.service.wire.body_cap import BodyCap
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,17 @@ def create_app(hub: Hub) -> FastAPI:
     app.state.hub = hub
     for part in (service, training, futures, sampling, rest, checkpoints):
         app.include_router(part.router, prefix=PREFIX)
+    app.add_middleware(BodyCap, larger=_larger(hub))
     app.add_exception_handler(MegatrainError, _refuse)
     app.add_exception_handler(BodyError, _refuse_body)
     app.add_exception_handler(Exception, _fail)
     return app
+
+
+def _larger(hub: Hub) -> dict[str, int]:
+    """Return the caps of endpoints whose bodies may be large, which they count themselves too."""
+    paths = ("/forward_backward", "/forward", "/asample", "/completions")
+    return dict.fromkeys(paths, hub.config.limits.max_body_bytes)
 
 
 def status_of(error: MegatrainError) -> int:

@@ -1,5 +1,6 @@
 """What changes a model: passes, steps, weights in and out."""
 
+import asyncio
 import json
 import uuid
 from typing import Any
@@ -26,12 +27,15 @@ from megatrain.service.wire.schema import (
     SaveWeightsRequest,
     UnloadModelRequest,
 )
+from megatrain.service.wire.types import PassRequest
 from megatrain.service.work.operations import check_optimizer, step_options
 from megatrain.service.work.ticket import Ticket
 
 router = APIRouter(tags=["training"])
 
 DEFAULT_OPTIMIZER = {"type": "adamw"}
+LARGE_BYTES = 1 << 16
+"""A body from here on is parsed in a thread."""
 
 
 def accepted(ticket: Ticket) -> Json:
@@ -134,10 +138,14 @@ async def _pass(request: Request, hub: Hub, who: Principal, *, forward_only: boo
     hub.check_ready()
     limits = hub.config.limits
     body = await read_body(request, limits.max_body_bytes)
-    if "json" in request.headers.get("content-type", ""):
-        parsed = json_to_pass(parse_json(body), limits, forward_only=forward_only)
-    else:
-        parsed = decode_pass(body, limits)
+    is_json = "json" in request.headers.get("content-type", "")
+
+    def parse() -> PassRequest:
+        if is_json:
+            return json_to_pass(parse_json(body), limits, forward_only=forward_only)
+        return decode_pass(body, limits)
+
+    parsed = parse() if len(body) < LARGE_BYTES else await asyncio.to_thread(parse)
     deployment, run = hub.intake.run(who.project, parsed.model_id)
     base = deployment.fleet.base
     content: Any = parsed

@@ -7,8 +7,7 @@ label.  Loss inputs have an entry for each of the N labels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -26,45 +25,60 @@ TARGETS = "target_tokens"
 
 
 def to_batch(request: PassRequest, adapter: str) -> AdapterBatch:
-    """Return a pass, checked before, as one adapter's share of a pass of the ranks."""
-    names = sorted({name for datum in request.data for name in datum.inputs} - {TARGETS})
+    """Return a pass, checked before, as one adapter's share of a pass of the ranks.
+
+    A datum with K targets a position becomes K data, which differ in labels and weights: the sum of
+    their losses is its own.
+    """
+    data = [column for datum in request.data for column in _columns(datum)]
+    names = sorted({name for datum in data for name in datum.inputs} - {TARGETS})
     if request.loss_fn == "cross_entropy" and "weights" not in names:
         names.append("weights")
-    width = max(_width(datum) for datum in request.data)
-    width = 0 if width == 1 else width  # one target a position, in a column
-    columns: dict[str, list[npt.NDArray[Any]]] = {
-        _NAMES.get(name, name): [_column(request, datum, name, width) for datum in request.data]
-        for name in names
-    }
-    if width:
-        columns[TARGETS] = [_wide(datum.inputs[TARGETS], width) for datum in request.data]
     return AdapterBatch(
         adapter=adapter,
-        inputs=[_feature(datum) for datum in request.data],
-        loss_inputs=columns,
+        inputs=[_feature(datum) for datum in data],
+        loss_inputs={
+            _NAMES.get(name, name): [_column(request, datum, name) for datum in data]
+            for name in names
+        },
         loss=(request.loss_fn, {"reduction": "sum", **request.loss_config}),
     )
 
 
+def _columns(datum: Datum) -> list[Datum]:
+    """Return a datum with one target a position as it is, one with K of them as K data."""
+    targets = datum.inputs[TARGETS]
+    if targets.ndim == 1:
+        return [datum]
+    return [
+        Datum(
+            datum.tokens,
+            {
+                name: each[:, column] if each.shape == targets.shape else each
+                for name, each in datum.inputs.items()
+            },
+        )
+        for column in range(targets.shape[1])
+    ]
+
+
 def _feature(datum: Datum) -> dict[str, npt.NDArray[np.int64]]:
     targets = datum.inputs[TARGETS]
-    first = targets if targets.ndim == 1 else targets[:, 0]
     return {
-        "input_ids": np.append(datum.tokens, first[-1]).astype(np.int64),
-        "labels": np.insert(first, 0, IGNORED_LABEL).astype(np.int64),
+        "input_ids": np.append(datum.tokens, targets[-1]).astype(np.int64),
+        "labels": np.insert(targets, 0, IGNORED_LABEL).astype(np.int64),
     }
 
 
-def _column(request: PassRequest, datum: Datum, name: str, width: int) -> FloatArray:
-    """Return a loss input of a datum: [N], or [N, width] where any datum has several targets."""
+def _column(request: PassRequest, datum: Datum, name: str) -> FloatArray:
+    """Return a loss input of a datum, [N]."""
     shape = datum.inputs[TARGETS].shape
     given = datum.inputs.get(name)
     if given is None:
         given = np.full(shape, _fill(request, name), dtype=np.float32)
     elif name in BOUNDS and given.shape != shape:
         given = np.full(shape, given.reshape(-1)[0], dtype=np.float32)
-    result: FloatArray = np.ascontiguousarray(given, dtype=np.float32)
-    return _wide(result, width) if width else result.reshape(-1)
+    return np.ascontiguousarray(given, dtype=np.float32)
 
 
 def _fill(request: PassRequest, name: str) -> float:
@@ -82,17 +96,6 @@ DEFAULT_BOUNDS: Mapping[str, tuple[float, float]] = {
 """The ranks' own, for data without bounds among data that have some."""
 
 
-def _width(datum: Datum) -> int:
-    targets = datum.inputs[TARGETS]
-    return targets.shape[1] if targets.ndim == 2 else 0
-
-
-def _wide(array: Any, width: int) -> Any:
-    """Return [N, width]: all data of a pass are equally wide; what is added has weight 0."""
-    array = array.reshape(len(array), -1)
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
-
-
 def from_output(request: PassRequest, output: StepOutput) -> PassResult:
     """Return what the ranks gave for one adapter's share as its client reads it.
 
@@ -104,23 +107,21 @@ def from_output(request: PassRequest, output: StepOutput) -> PassResult:
             f"the loss is not finite ({loss}); the gradients are as they were before",
             hint="look at logprobs, advantages and weights, and lower the learning rate",
         )
+    rows = iter(output.logps)
     return PassResult(
-        outputs=[
-            {"logprobs": _logprobs(output, index, datum)}
-            for index, datum in enumerate(request.data)
-        ],
+        outputs=[{"logprobs": _logprobs(rows, datum)} for datum in request.data],
         metrics=_metrics(request, output, loss),
     )
 
 
-def _logprobs(output: StepOutput, index: int, datum: Datum) -> FloatArray:
+def _logprobs(rows: Iterator[FloatArray], datum: Datum) -> FloatArray:
+    """Return a datum's log-probabilities, of the shape of its targets, from the rows that are next.
+
+    The ranks' first position is none of Tinker's.
+    """
     shape = datum.inputs[TARGETS].shape
-    wide: Sequence[FloatArray] = getattr(output, "target_logps", ())
-    # All positions but the first, which Tinker does not have.
-    values = (wide[index] if len(wide) else output.logps[index])[-shape[0] :]
-    if values.ndim == 2:
-        values = values[:, : max(1, _width(datum))]
-    result: FloatArray = np.asarray(values, dtype=np.float32).reshape(shape)
+    columns = [next(rows)[1:] for _ in range(1 if len(shape) == 1 else shape[1])]
+    result: FloatArray = np.asarray(np.stack(columns, axis=-1), dtype=np.float32).reshape(shape)
     return result
 
 

@@ -80,7 +80,7 @@ def test_the_ranks_take_what_they_are_sent(name):
     assert needed <= batch.loss_inputs.keys()
 
 
-def test_several_targets_are_made_equally_wide():
+def test_several_targets_a_position_become_as_many_data():
     wide = Datum(
         np.int64([1, 2]),
         {
@@ -88,12 +88,16 @@ def test_several_targets_are_made_equally_wide():
             "weights": np.float32([[1, 0, 0], [0, 0, 1]]),
         },
     )
-    batch = to_batch(_request(wide, _datum(7)), "a")
-    targets = batch.loss_inputs["target_tokens"]
-    weights = batch.loss_inputs["weights"]
-    assert [each.tolist() for each in targets] == [[[1, 2, 3], [4, 5, 6]], [[7, 0, 0]]]
-    assert weights[1].tolist() == [[1, 0, 0]]
-    assert batch.inputs[0]["labels"].tolist() == [IGNORED_LABEL, 1, 4]
+    request = _request(wide, _datum(7))
+    batch = to_batch(request, "a")
+    assert [each["labels"].tolist()[1:] for each in batch.inputs] == [[1, 4], [2, 5], [3, 6], [7]]
+    weights = [each.tolist() for each in batch.loss_inputs["weights"]]
+    assert weights == [[1, 0], [0, 0], [0, 1], [1]]
+    rows = [np.float32([0, -a, -b]) for a, b in ((1, 4), (2, 5), (3, 6))]
+    output = StepOutput(loss=1.0, logps=[*rows, np.float32([0, -7])])
+    outputs = from_output(request, output).outputs
+    assert outputs[0]["logprobs"].tolist() == [[-1, -2, -3], [-4, -5, -6]]
+    assert outputs[1]["logprobs"].tolist() == [-7]
 
 
 def test_one_target_a_position_may_stand_in_a_column():
