@@ -25,6 +25,8 @@ class Command:
 
     model: str = "model"
     """Which of the models that the ranks hold."""
+    tag: str = field(default="", compare=False)
+    """The caller's own name for this command, by which it finds it again after its own death."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 from megatrain.bus.address import Address
+from megatrain.bus.adoption import adopt, told_again
 from megatrain.bus.codec import encode
 from megatrain.bus.commands import (
     FILES_S,
@@ -86,6 +87,10 @@ class Driver:
         self._model_numbers = itertools.count()
         self.undone: dict[int, Future[Any]] = {}
         """Futures of commands that a driver before this one had accepted, by number."""
+        self.adopted: dict[str, Future[Any]] = {}
+        """By tag, those of all its commands that are told again or were not confirmed: the same
+        value or error comes as the first time (without `finish`), StateError where it cannot come
+        again.  Each is to be confirmed.  What is not here was not done, or was confirmed."""
         self.telemetry = Telemetry(self)
         try:
             self.telemetry.open(
@@ -95,7 +100,8 @@ class Driver:
             )
             self.link = self._reach(ranks.start(), config.connect_timeout_s)
             self.mesh = self.link.check_mesh(mesh)
-            self._take_up_undone()
+            known = self.link.welcome.last_seq
+            self.undone, self.adopted = adopt(self.history, self.outstanding, known, self._cancel)
             self._tell_again(self.link)
         except BaseException:
             if hasattr(self, "link"):
@@ -148,13 +154,22 @@ class Driver:
         return f"model-{next(self._model_numbers)}"
 
     def submit(
-        self, command: Command, *, deadline_s: float | None = None, finish: Finish | None = None
+        self,
+        command: Command,
+        *,
+        deadline_s: float | None = None,
+        finish: Finish | None = None,
+        hold: bool = False,
     ) -> "Future[Any]":
         """Accept a command and return its future; commands are done in the order of acceptance.
 
-        `finish` makes the result of the value and the names of what is trained.  Waits while
-        `max_queued` commands wait.  Raises ConfigError for what cannot travel and BusError if the
-        command cannot be noted or the driver has given up; then it is not done.
+        `finish` makes the result of the value and the names of what is trained.  With `hold` the
+        result can be had again, by the command's tag, until `confirm`: by a driver that opens this
+        one's journal (`adopted`).  What changes nothing is in no journal, and never held: submit
+        it again after a death.  Waits while `max_queued` commands wait.
+
+        Raises ConfigError for what cannot travel, or is held without a tag of its own, and
+        BusError if the command cannot be noted or the driver has given up; then it is not done.
         """
         if deadline_s is not None and not 0 < deadline_s < FOREVER_S:
             raise ConfigError(f"a timeout must be in (0, {FOREVER_S:g}) seconds: {deadline_s}")
@@ -173,7 +188,14 @@ class Driver:
                     self._check_open()
                     while self._soon:
                         self.accept(self._soon.popleft())
-                    return self.accept(command, payload, deadline_s, finish)
+                    return self.accept(command, payload, deadline_s, finish, hold=hold)
+
+    def confirm(self, tag: str) -> None:
+        """Say that the result of a command that was held is kept, or not wanted; idempotent.
+
+        Any thread may call it; it waits neither for ranks nor for the disk.
+        """
+        self.outstanding.confirm(tag)
 
     def _has_room(self) -> bool:
         return len(self.outstanding.pending) < self.config.max_queued or self.is_over
@@ -184,6 +206,8 @@ class Driver:
         payload: bytes | None = None,
         deadline_s: float | None = None,
         finish: Finish | None = None,
+        *,
+        hold: bool = False,
     ) -> "Future[Any]":
         """Number, note and send a command; who calls holds `order`.  Raises BusError."""
         payload = encode(command) if payload is None else payload
@@ -193,7 +217,11 @@ class Driver:
                 self._check_open()
             seq, limit = self.last_seq + 1, deadline_s or command.deadline_s
             if is_redone(command):
-                self.history.accept(seq, payload, limit)
+                if hold:
+                    self.outstanding.check_tag(command.tag)
+                self.history.accept(seq, payload, limit, held=hold)
+                if hold:
+                    self.outstanding.tags[command.tag] = seq
             self.last_seq = seq
             if isinstance(command, Save) and command.background:
                 self._has_saved = True
@@ -237,7 +265,7 @@ class Driver:
     def _send(self, pending: Pending) -> None:
         """Send a command; if the connection is lost, the supervisor sends it again."""
         with self.state:
-            acknowledged = min(self.outstanding.pending, default=self.last_seq + 1) - 1
+            acknowledged = self.outstanding.acknowledged(self.last_seq)
         job = Job(pending.seq, pending.deadline_s, pending.payload, acknowledged)
         try:
             self.link.send(Kind.COMMAND, job.pack())
@@ -256,18 +284,6 @@ class Driver:
             return False
         return answer.wait()
 
-    def _take_up_undone(self) -> None:
-        """Make futures for what a driver before this one had accepted and not heard of."""
-        known = self.history.commands()
-        for seq in self.history.undone:
-            if seq in known:
-                deadline_s, payload = known[seq]
-                future = self.outstanding.new_future(lambda seq=seq: self._cancel(seq))  # type: ignore[misc]
-                self.undone[seq] = future
-                self.outstanding.pending[seq] = Pending(
-                    seq, "command", payload, deadline_s, future, value_alone
-                )
-
     def _reach(self, address: Address, timeout_s: float) -> Link:
         def check() -> None:
             if (failure := self.ranks.failure()) is not None:
@@ -285,26 +301,23 @@ class Driver:
 
     def _tell_again(self, link: Link) -> None:
         """Bring ranks to where they were, if they are new, and send what they have not answered."""
-        again: dict[int, tuple[float, bytes]] = {}
-        known = link.welcome.last_seq
-        if link.welcome.epoch != self.history.epoch:
-            self.history.forget_expected()
-            self.history.note_epoch(link.welcome.epoch)
-        if self.history.snapshot is not None:
-            seq, directory = self.history.snapshot
-            command = RestoreSnapshot(directory=directory)
-            again[seq] = (command.deadline_s, encode(command))
-        again |= self.history.commands()
-        again = {seq: each for seq, each in again.items() if seq > known}
+        known, outstanding = link.welcome.last_seq, self.outstanding
         with self.state:
+            if link.welcome.epoch != self.history.epoch:
+                self.history.forget_expected()
+                self.history.note_epoch(link.welcome.epoch)
+            again = told_again(self.history, known)
             self.last_seq = max(self.last_seq, known)
-            waiting = {p.seq: (p.deadline_s, p.payload) for p in self.outstanding.pending.values()}
-            self.outstanding.replayed = again.keys() - waiting.keys()
-            first = min(waiting, default=self.last_seq + 1)
-        link.listen(self.outstanding.on_reply, self.outstanding.on_cancelled)
+        outstanding.forget_gone(known)
+        with self.state:
+            waiting = {p.seq: (p.deadline_s, p.payload) for p in outstanding.pending.values()}
+            first = {seq for seq in waiting if not self.history.has_ended(seq)}
+            outstanding.replayed = again.keys() - first
+            acknowledged = outstanding.acknowledged(self.last_seq)
+        link.listen(outstanding.on_reply, outstanding.on_cancelled)
         try:
             for seq, (deadline_s, payload) in sorted((again | waiting).items()):
-                link.send(Kind.COMMAND, Job(seq, deadline_s, payload, first - 1).pack())
+                link.send(Kind.COMMAND, Job(seq, deadline_s, payload, acknowledged).pack())
         except BusError as error:  # another loss, which the supervisor sees and counts
             logger.debug("the ranks did not hear all: %s", error.message)
             link.close()
@@ -347,7 +360,8 @@ class Driver:
 
     def _give_up_pending(self) -> None:
         """Cancel what has not begun; what ranks that go on are doing is left to them."""
-        left = sorted(self.outstanding.pending, reverse=True)
+        pending = sorted(self.outstanding.pending, reverse=True)
+        left = [seq for seq in pending if not self.history.has_ended(seq)]
         if isinstance(self.ranks, RanksAt):
             left = [seq for seq in left if not self._cancel(seq)]
         else:  # these ranks end, and nobody is to do it again

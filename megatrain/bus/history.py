@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 _FAILED = b"failed"
+_ACCEPTED = (Entry.COMMAND, Entry.HELD)
 WRITTEN_S = 600.0
 """Seconds that ranks get to write a snapshot."""
 
@@ -53,6 +54,8 @@ class History:
         """Those of them whose reply had not come when the driver before this one ended."""
         self._ends: dict[int, bytes] = {}
         """How those that were answered had ended: failed, or with a digest of what they read."""
+        self.held: dict[int, None] = {}
+        """Commands whose results the caller has not confirmed; no snapshot drops them."""
         self._in_a_hurry = False
         """Whether a snapshot is due at once."""
         self._changed_at: float | None = None
@@ -69,12 +72,16 @@ class History:
         match record.entry:
             case Entry.COMMAND:
                 self._open[record.seq] = self.undone[record.seq] = None
+            case Entry.HELD:
+                self._open[record.seq] = self.undone[record.seq] = self.held[record.seq] = None
+            case Entry.CONFIRMED:
+                self.held.pop(record.seq, None)
             case Entry.DONE:
                 self.undone.pop(record.seq, None)
                 self._ends[record.seq] = record.payload
             case Entry.DROPPED:
                 self.undone.pop(record.seq, None)
-                self._open.pop(record.seq, None)
+                self._drop(record.seq)
             case Entry.SNAPSHOT:
                 self.snapshot = record.seq, record.payload.decode()
             case Entry.SESSION:
@@ -85,13 +92,17 @@ class History:
     def _append(self, entry: Entry, seq: int, payload: bytes = b"", *, sync: bool = True) -> None:
         self._journal.append(entry, seq, payload, sync=sync and not self._temporary)
 
-    def accept(self, seq: int, payload: bytes, deadline_s: float) -> None:
+    def accept(self, seq: int, payload: bytes, deadline_s: float, *, held: bool = False) -> None:
         """Note a command that must be done again if ranks start anew.
 
-        It is on the disk when this returns.  Raises BusError, with nothing noted, if it cannot be.
+        With `held` its result is wanted until it is confirmed.  It is on the disk when this
+        returns.  Raises BusError, with nothing noted, if it cannot be.
         """
-        self._append(Entry.COMMAND, seq, pack_accepted(deadline_s, payload))
+        entry = Entry.HELD if held else Entry.COMMAND
+        self._append(entry, seq, pack_accepted(deadline_s, payload))
         self._open[seq] = None
+        if held:
+            self.held[seq] = None
         if self._changed_at is None:
             self._changed_at = time.monotonic()
 
@@ -112,6 +123,21 @@ class History:
             with contextlib.suppress(Exception):  # it is a hint: without it, it is done again
                 self._append(Entry.DONE, seq, self._ends[seq], sync=False)
 
+    def confirm(self, seq: int) -> None:
+        """Note that the caller has kept the result of a command that was held."""
+        if seq in self.held:
+            with contextlib.suppress(Exception):  # a hint: without it, it is confirmed once more
+                self._append(Entry.CONFIRMED, seq, sync=False)
+            del self.held[seq]
+
+    def has_ended(self, seq: int) -> bool:
+        """Tell whether a command since the snapshot was answered, by these ranks or others."""
+        return seq in self._ends
+
+    def is_redone(self, seq: int) -> bool:
+        """Tell whether ranks that start anew are told a command."""
+        return seq in self._open
+
     def is_as_before(self, seq: int, *, failed: bool, source: str = "") -> bool:
         """Tell whether a command that was done again has ended as it did the first time."""
         if self.snapshot is not None and seq == self.snapshot[0]:
@@ -120,19 +146,30 @@ class History:
         return self._ends.get(seq, end) == end
 
     def drop(self, seq: int) -> None:
-        """Note that a command was cancelled or given up: it is never done again."""
-        if self._open.pop(seq, 0) is None:
+        """Note that a command was cancelled or given up, or that its effect stays for good: it is
+        never done again.
+        """
+        if self._drop(seq):
             try:
                 self._append(Entry.DROPPED, seq)
             except BusError as error:  # it is so all the same, as long as this driver lives
                 logger.error("that command %d is dropped could not be noted: %s", seq, error)
 
-    def commands(self) -> dict[int, tuple[float, bytes]]:
-        """Return deadlines and encoded commands since the snapshot, from the disk, by number."""
+    def _drop(self, seq: int) -> bool:
+        if seq not in self._ends:  # otherwise it was done, and its result may still be wanted
+            self.held.pop(seq, None)
+        return self._open.pop(seq, 0) is None
+
+    def commands(self, *, held: bool = False) -> dict[int, tuple[float, bytes]]:
+        """Return deadlines and encoded commands since the snapshot, from the disk, by number.
+
+        With `held`, also those that ranks are not told again, and whose result is wanted.
+        """
+        wanted = self._open | self.held if held else self._open
         return {
             record.seq: unpack_accepted(record.payload)
             for record in self._journal.read()
-            if record.entry is Entry.COMMAND and record.seq in self._open
+            if record.entry in _ACCEPTED and record.seq in wanted
         }
 
     def is_due(self) -> bool:
@@ -161,7 +198,8 @@ class History:
     def settle(self) -> int | None:
         """If the snapshot that is awaited is whole, drop what was before it, and return its number.
 
-        A disk that is full leaves everything as it was.
+        Not before every result is confirmed that was held before it: ranks which start anew must
+        give it again until then.  A disk that is full leaves everything as it was.
         """
         if self._awaited is None:
             return None
@@ -170,6 +208,8 @@ class History:
             if time.monotonic() - since > WRITTEN_S:
                 logger.warning("a snapshot was not written in time: %s", directory)
                 self.forget_expected()
+            return None
+        if any(each < seq for each in self.held):
             return None
         try:
             self._compact(seq, directory)
@@ -185,7 +225,8 @@ class History:
         kept = [
             record
             for record in self._journal.read()
-            if record.seq > seq and (record.entry is not Entry.COMMAND or record.seq in still_open)
+            if record.seq > seq
+            and (record.entry not in _ACCEPTED or record.seq in still_open | self.held)
         ]
         head = [
             Record(Entry.SESSION, 0, self.session.encode()),

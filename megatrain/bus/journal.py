@@ -30,7 +30,7 @@ class Entry(enum.IntEnum):
     COMMAND = 1
     """Accepted: sequence number and encoded message."""
     DONE = 2
-    """Its reply has reached the caller."""
+    """Its reply has reached the driver."""
     DROPPED = 3
     """It was cancelled or given up: it must not be done again."""
     SNAPSHOT = 4
@@ -39,6 +39,10 @@ class Entry(enum.IntEnum):
     """The driver's name to the ranks."""
     EPOCH = 6
     """Which ranks do what follows."""
+    HELD = 7
+    """Accepted, as COMMAND; its caller wants its result until that is CONFIRMED."""
+    CONFIRMED = 8
+    """The caller has kept its result."""
 
 
 @dataclass(frozen=True, slots=True)

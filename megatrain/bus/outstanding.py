@@ -11,7 +11,13 @@ from megatrain.bus.events import Event, Observers
 from megatrain.bus.failures import error_of
 from megatrain.bus.history import History
 from megatrain.bus.pending import CommandFuture, Pending, reply_event, resolve
-from megatrain.errors import CancelledCommandError, MegatrainError, RankError
+from megatrain.errors import (
+    CancelledCommandError,
+    ConfigError,
+    MegatrainError,
+    RankError,
+    StateError,
+)
 
 WAITING = ("Save", "WaitForSave")
 """Commands that end when every save in the background before them is whole."""
@@ -34,7 +40,9 @@ class Outstanding:
         self._give_up = give_up
         self.pending: dict[int, Pending] = {}
         self.replayed: set[int] = set()
-        """Commands that ranks which started anew were told again, and have not answered."""
+        """Commands that were done once, and that ranks which started anew have not answered."""
+        self.tags: dict[str, int] = {}
+        """Numbers of the commands that are held, by their tags."""
         self._background_saves: set[int] = set()
         """Saves in the background that nobody has waited for yet."""
         self._callbacks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -59,31 +67,70 @@ class Outstanding:
         """Note that a command saves in the background: it is done again until it is known whole."""
         self._background_saves.add(seq)
 
+    def check_tag(self, tag: str) -> None:
+        """Raise ConfigError for a tag by which a command that is held could not be found."""
+        if not tag:
+            raise ConfigError("a command that is held must have a tag", hint="by which to find it")
+        if self.tags.get(tag) in self._history.held:
+            raise ConfigError(
+                f"a command with the tag {tag!r} is held already",
+                hint="confirm it first, or give each a tag of its own",
+            )
+
+    def confirm(self, tag: str) -> None:
+        """Hear that the caller has kept the result of a command that was held."""
+        with self._state:
+            seq = self.tags.pop(tag, None)
+            if seq is not None:
+                self._history.confirm(seq)
+
+    def acknowledged(self, last_seq: int) -> int:
+        """Return the number up to which nobody needs replies again."""
+        none = last_seq + 1
+        return min(min(self.pending, default=none), min(self._history.held, default=none)) - 1
+
     def on_reply(self, seq: int, reply: dict[str, Any], num_bytes: int) -> None:
         """Resolve the future of a command."""
-        failure = reply.get("failure")
+        failure, error = reply.get("failure"), None
         with self._state:
-            was_replayed = seq in self.replayed
-            self.replayed.discard(seq)
             pending = self.pending.pop(seq, None)
-            if pending is not None and _is_cancelled(failure):
-                self._history.drop(seq)  # the answer to the cancellation itself was lost
-            elif pending is not None:
-                self._history.done(seq, failed=failure is not None, source=_source(reply))
-                if failure is None and pending.name in WAITING:
-                    self._saved_before(seq)
+            was_done = seq in self.replayed or (pending and self._history.has_ended(seq))
+            self.replayed.discard(seq)
+            if was_done and not self._is_as_before(seq, reply):
+                error = _mismatch(seq, failure)
+            elif pending is not None and not was_done:
+                self._note(pending, reply)
             self._state.notify_all()
-        if pending is None:  # done again for its effect
-            is_same = self._history.is_as_before(
-                seq, failed=failure is not None, source=_source(reply)
-            )
-            if was_replayed and not is_same:
-                self._give_up(_mismatch(seq, failure))
+        if error is not None:
+            self._give_up(error)
+            if pending is not None:
+                self._fail(pending, error)
             return
+        if pending is None:
+            return  # done again for its effect
         if pending.answer is not None:
             pending.answer.set(False)
         self._observers.tell(reply_event(pending, reply, num_bytes))
         resolve(pending, reply)
+
+    def _is_as_before(self, seq: int, reply: dict[str, Any]) -> bool:
+        """Tell whether ranks end a command as it had ended before; what they forgot has not."""
+        failed = reply.get("failure") is not None
+        return bool(reply.get("forgotten")) or self._history.is_as_before(
+            seq, failed=failed, source=_source(reply)
+        )
+
+    def _note(self, pending: Pending, reply: dict[str, Any]) -> None:
+        """Note that the first reply to a command has come."""
+        failure = reply.get("failure")
+        if reply.get("forgotten"):
+            return  # it was noted when it came
+        if _is_cancelled(failure):
+            self._history.drop(pending.seq)  # the answer to the cancellation itself was lost
+            return
+        self._history.done(pending.seq, failed=failure is not None, source=_source(reply))
+        if failure is None and pending.name in WAITING:
+            self._saved_before(pending.seq)
 
     def _saved_before(self, seq: int) -> None:
         """Saves before this command are whole: doing one again would undo a later one."""
@@ -109,16 +156,36 @@ class Outstanding:
     def blamed(self) -> Pending | None:
         """Return the command that ranks were doing, if they were not doing an old one again."""
         with self._state:
-            return None if self.replayed else self.pending.get(min(self.pending, default=0))
+            first = min((s for s in self.pending if not self._history.has_ended(s)), default=0)
+            return None if self.replayed else self.pending.get(first)
 
     def drop(self, pending: Pending, error: MegatrainError) -> None:
         """Give up one command."""
         with self._state:
-            self._history.drop(pending.seq)
             if self.pending.pop(pending.seq, None) is None:
                 return  # its reply has come after all
+            self._history.drop(pending.seq)
             self._state.notify_all()
         self._fail(pending, error)
+
+    def forget_gone(self, known: int) -> None:
+        """Give up results that ranks which start anew cannot give: they do not do that again.
+
+        `known` is the last number that they have heard.
+        """
+        with self._state:
+            held = {seq for seq in self._history.held if seq > known and seq in self.pending}
+            gone = [self.pending.pop(s) for s in held if not self._history.is_redone(s)]
+            self._state.notify_all()
+        for pending in gone:
+            self._fail(
+                pending,
+                StateError(
+                    f"{pending.name} (command {pending.seq}) was done, and its result is gone "
+                    "with the ranks: it is not done again, since its effect stays",
+                    hint="its effect is there; look for it, and confirm the command",
+                ),
+            )
 
     def fail_all(self, error_of_one: Callable[[Pending], MegatrainError]) -> None:
         """Give up all."""

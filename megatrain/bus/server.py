@@ -21,6 +21,17 @@ logger = logging.getLogger(__name__)
 
 MAX_STRANGERS = 16
 """Connections at once that have not proved yet that they have the token."""
+FORGOTTEN_REPLY = encode(
+    {
+        "failure": Failure(
+            "StateError",
+            "the command was done, and its result is gone: a driver had confirmed it",
+            "its effect is there; ask the ranks for what they hold",
+        ),
+        "forgotten": True,
+    }
+)
+"""To a driver that asks again for what it had acknowledged."""
 CANCELLED_REPLY = encode(
     {"failure": Failure("CancelledCommandError", "the command was cancelled before it began")}
 )
@@ -42,7 +53,7 @@ class Server:
         """Encoded frames that the driver may not have got."""
         self._session = ""
         self._last_seq = 0
-        self._started = 0
+        self._started = self._answered = 0
         self._listener = address.listen()
         host, port = self._listener.getsockname()[:2] if address.host else ("", 0)
         self.address = Address(address.path, address.host and str(host), int(port))
@@ -77,6 +88,7 @@ class Server:
             if job.session != self._session or not job.seq:
                 return  # who asked for it will not come back
             self._replies[job.seq] = frame
+            self._answered = max(self._answered, job.seq)
             driver = self._driver
         self._send(driver, Kind.REPLY, frame)
 
@@ -179,7 +191,7 @@ class Server:
             self._driver = link
             if session != self._session:
                 is_first, self._session = not self._session, session
-                self._last_seq = self._started = 0
+                self._last_seq = self._started = self._answered = 0
                 self._replies, self._cancelled = {}, set()
                 if not is_first:
                     forget = encode(RestoreSnapshot(directory=None))
@@ -201,6 +213,8 @@ class Server:
             if is_new:
                 self._last_seq = job.seq
                 self._queue.put(job)
+            elif known is None and job.seq <= self._answered:
+                known = SEQ.pack(job.seq) + FORGOTTEN_REPLY
         if not is_new and known is not None:
             link.send_encoded(Kind.REPLY, known)
 
