@@ -60,7 +60,7 @@ class Deployment:
             served.sampler, self.fleet.base.folder, is_float32=self.fleet.is_float32
         )
         self.sampler: Sampler = self.trainer_sampler if sampler is None else sampler
-        self.publisher = Publisher(self.fleet, self.sampler)
+        self.publisher = Publisher(self.fleet, self.sampler, draws=sampler is not None)
         self._publish_dir = publish_dir = config.publish_dir or _shared_memory(folder)
         self.saves = Saves(self.fleet, self.publisher, files, store, publish_dir, self.samplers)
         operations = Operations(self.fleet, fetch, self._after_step)

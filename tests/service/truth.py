@@ -1,0 +1,58 @@
+"""What Transformers and PEFT make of the same data: in this process, which knows no Megatron."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Step:
+    """Log-probabilities of the targets of all data, one after the other, around one step."""
+
+    before: np.ndarray
+    after: np.ndarray
+    loss: float
+    norm: float
+
+
+class Truth:
+    """One base checkpoint in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def step(self, adapter: Path, data: list, *, lr: float, clip: float) -> Step:
+        """Return what one AdamW step on the sum of weighted cross-entropies does."""
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=lr, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0
+        )
+        before, loss = self._pass(model, data)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        with torch.no_grad():
+            after, _ = self._pass(model, data)
+        return Step(before, after, float(loss.detach()), float(norm))
+
+    def _pass(self, model: torch.nn.Module, data: list) -> tuple[np.ndarray, torch.Tensor]:
+        logps, total = [], torch.zeros(())
+        for datum in data:
+            ids = torch.tensor([datum.model_input.to_ints()])
+            targets = torch.tensor(list(datum.loss_fn_inputs["target_tokens"].data))
+            given = datum.loss_fn_inputs.get("weights")
+            weights = torch.ones(len(targets))
+            if given is not None:
+                weights = torch.tensor(list(given.data))
+            scores = model(ids).logits[0].log_softmax(-1)
+            own = scores.gather(-1, targets[:, None])[:, 0]
+            logps.append(own.detach().numpy())
+            total = total - (own * weights).sum()
+        return np.concatenate(logps), total
