@@ -1,11 +1,11 @@
 """The HTTP application: routes, and errors as answers."""
 
 import logging
+from importlib.metadata import version
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from megatrain import __version__
 from megatrain.errors import (
     BusyError,
     DeniedError,
@@ -28,7 +28,7 @@ def create_app(hub: Hub) -> FastAPI:
     """Return the application of a hub."""
     app = FastAPI(
         title="megatrain",
-        version=__version__,
+        version=version("megatrain"),
         description="Training of LoRA adapters for many tenants: the Tinker API.",
         docs_url=None,
         redoc_url=None,

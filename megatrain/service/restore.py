@@ -5,28 +5,38 @@ import logging
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from megatrain.config.service import Limits
+from megatrain.config.service import Limits, ServiceConfig
 from megatrain.errors import MegatrainError, StateError
 from megatrain.service.deployment import Deployment
 from megatrain.service.fleet.base_model import BaseModel
 from megatrain.service.publish.versions import Version
+from megatrain.service.sessions import Sessions
 from megatrain.service.store import requests, runs, samplers, sessions
 from megatrain.service.store.records import Request, Run, SamplingSession
+from megatrain.service.store.store import Store
 from megatrain.service.wire.bodies import parse_json, parse_model
 from megatrain.service.wire.passes import decode_pass, json_to_pass
 from megatrain.service.wire.sampling import to_sample_request
 from megatrain.service.wire.schema import SampleBody
+from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_queue import RunQueue
 from megatrain.service.work.run_state import RunState
 from megatrain.service.work.sampling import SamplerState
 from megatrain.service.work.ticket import Result
 
-if TYPE_CHECKING:
-    from megatrain.service.hub import Hub
-
 logger = logging.getLogger(__name__)
+
+
+class Left(Protocol):
+    """What is needed to take it up."""
+
+    store: Store
+    futures: Futures
+    sessions: Sessions
+    config: ServiceConfig
+    deployments: dict[str, Deployment]
 
 
 def content_of(kind: str, payload: bytes, limits: Limits, base: BaseModel) -> Any:
@@ -48,7 +58,7 @@ def content_of(kind: str, payload: bytes, limits: Limits, base: BaseModel) -> An
         return error
 
 
-async def restore(hub: "Hub") -> None:
+async def restore(hub: Left) -> None:
     """Take up what is not over.  The ranks are there, and have their adapters."""
     hub.sessions.restore(await hub.store.read(sessions.active()))
     found: list[Run] = await hub.store.read(runs.live())
@@ -65,7 +75,7 @@ async def restore(hub: "Hub") -> None:
 
 
 async def _restore_runs(
-    hub: "Hub", deployment: Deployment, found: list[Run], by_run: dict[str, list[Request]]
+    hub: Left, deployment: Deployment, found: list[Run], by_run: dict[str, list[Request]]
 ) -> None:
     fleet = deployment.fleet
     held = set((await fleet.inspect())["adapters"].get("model", ()))
@@ -95,7 +105,7 @@ async def _restore_runs(
             fleet.confirm(tag)
 
 
-async def _lost(hub: "Hub", run: RunState, waiting: list[Request]) -> None:
+async def _lost(hub: Left, run: RunState, waiting: list[Request]) -> None:
     """Give up a run whose adapter the ranks do not have."""
     logger.warning("run %s: its adapter is not on the ranks any more", run.id)
     await hub.store.write(runs.set_state(run.id, "failed"))
@@ -108,7 +118,7 @@ async def _lost(hub: "Hub", run: RunState, waiting: list[Request]) -> None:
         await hub.futures.finish(ticket, Result.of_error(error))
 
 
-async def _restore_samplers(hub: "Hub", deployment: Deployment) -> None:
+async def _restore_samplers(hub: Left, deployment: Deployment) -> None:
     found: list[SamplingSession] = await hub.store.read(samplers.active(deployment.name))
     loaded: dict[str, Version] = {}
     for record in found:
@@ -146,7 +156,7 @@ async def _reload(deployment: Deployment, record: SamplingSession) -> Version | 
     return version
 
 
-async def _restore_samples(hub: "Hub", waiting: list[Request]) -> None:
+async def _restore_samples(hub: Left, waiting: list[Request]) -> None:
     states = {
         key: (deployment, state)
         for deployment in hub.deployments.values()
