@@ -1,0 +1,1 @@
+"""Completions and chats as OpenAI's clients ask for them.  No torch."""
