@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatrain.config.service import SamplerConfig
 from megatrain.errors import ConfigError
+from megatrain.sampler.transformers_sampler import TransformersSampler
 from megatrain.sampler.types import Sampler
 
 
@@ -18,6 +19,4 @@ def make_sampler(config: SamplerConfig, model: Path, *, is_float32: bool) -> Sam
         raise ConfigError(
             "the engine vllm is not here yet", hint="sampler='transformers', or 'none'"
         )
-    from megatrain.sampler.transformers_sampler import TransformersSampler
-
     return TransformersSampler(config, model, is_float32=is_float32)

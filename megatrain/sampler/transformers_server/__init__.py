@@ -1,0 +1,1 @@
+"""The engine's process: Transformers and PEFT, with continuous batching.  Needs torch."""
