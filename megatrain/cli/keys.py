@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatrain.config.service import ServiceConfig
 from megatrain.errors import ConfigError, NotFoundError
 
 UNITS_S = {"h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -47,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    from megatrain.service.store.store import Store  # `--help` should answer at once
+    # `--help` should answer at once.
+    from megatrain.config.service import ServiceConfig
+    from megatrain.service.store.store import Store
 
     folder = (args.data or ServiceConfig.model_fields["data"].default).expanduser()
     if args.database is None:

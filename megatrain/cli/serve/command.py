@@ -11,9 +11,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatrain.cli.serve.demo import demo_base, demo_job
-from megatrain.cli.serve.options import build_config, demo_folder
-
 SIZES = ("tp", "pp", "cp", "ep")
 
 
@@ -79,8 +76,12 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal says stop; return the exit status."""
-    config = build_config(args)
+    # `--help` should answer at once.
+    from megatrain.cli.serve.demo import demo_base, demo_job
+    from megatrain.cli.serve.options import build_config, demo_folder
     from megatrain.service.run import serve
+
+    config = build_config(args)
 
     job = demo_job(demo_folder(args)) if args.demo else None
     return serve(config, prepare=None if job is None else lambda: demo_base(job))
