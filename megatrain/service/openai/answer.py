@@ -8,6 +8,7 @@ from typing import Any
 from megatrain.errors import DataError
 from megatrain.sampler.types import NOTHING, Piece, SampledSequence, SampleRequest, TopK
 from megatrain.service.openai.growing_text import GrowingText
+from megatrain.service.openai.ports import Target
 from megatrain.service.openai.schema import Common
 from megatrain.service.openai.text_model import TextModel
 
@@ -31,16 +32,17 @@ def to_request(
     body: Common,
     prompt: tuple[int, ...],
     model: TextModel,
-    longest: int,
+    target: Target,
     *,
     most: int | None,
     top: int,
 ) -> SampleRequest:
     """Return what is asked of the sampler.
 
-    `longest` is the context in tokens, `most` the new tokens asked for: None is all that fit.
+    `most` is the new tokens asked for: None is all that fit.
     `top` is how many likely tokens are told for each.  Raises DataError.
     """
+    longest = target.max_context_length
     room = longest - len(prompt)
     if not prompt:
         raise DataError("the prompt has no tokens")
@@ -50,10 +52,12 @@ def to_request(
             f"model's context is {longest}",
             hint="shorten the prompt or lower max_tokens",
         )
+    if most is not None and most > target.max_new_tokens:
+        raise DataError(f"max_tokens must be from 1 to {target.max_new_tokens}, not {most}")
     return SampleRequest(
         prompt=prompt,
         num_samples=body.n,
-        max_tokens=room if most is None else most,
+        max_tokens=min(room, target.max_new_tokens) if most is None else most,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=-1 if body.top_k in (None, 0) else int(body.top_k or -1),

@@ -41,8 +41,7 @@ class Chat:
             raise DataError("top_logprobs needs logprobs", hint="set logprobs to true")
         prompt = model.prompt(body.messages, self._tools, body.chat_template_kwargs)
         most = body.max_completion_tokens or body.max_tokens
-        longest = self._target.max_context_length
-        return to_request(body, prompt, model, longest, most=most, top=self._top)
+        return to_request(body, prompt, model, self._target, most=most, top=self._top)
 
     async def answer(self, model: TextModel, request: SampleRequest) -> Json:
         """Return the whole answer."""

@@ -41,14 +41,13 @@ class Completion:
         body = self._body
         if body.echo and body.logprobs is not None:
             raise DataError("echo with logprobs is not supported here", hint="ask for one of them")
-        longest = self._target.max_context_length
         most = MAX_TOKENS if body.max_tokens is None else body.max_tokens
         return [
             to_request(
                 body,
                 model.encode(each) if isinstance(each, str) else tuple(each),
                 model,
-                longest,
+                self._target,
                 most=most,
                 top=self._top,
             )

@@ -30,6 +30,8 @@ class Target:
     folder: Path
     """The base's checkpoint, with tokenizer and chat template."""
     max_context_length: int
+    max_new_tokens: int
+    """Most tokens of an answer, and what is asked for where a chat does not say."""
     at: Any = None
     """The service's own: which adapter, which deployment."""
 

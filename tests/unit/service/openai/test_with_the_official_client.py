@@ -93,7 +93,7 @@ def test_a_chat_goes_through_the_template(client: AsyncOpenAI, speaker: Any) -> 
     assert said.choices[0].finish_reason == "stop"
     prompt = speaker.tokenizer.decode(list(speaker.asked[0].prompt))
     assert prompt == "user:hi\nassistant:"
-    assert speaker.asked[0].max_tokens == 2000 - len(prompt)
+    assert speaker.asked[0].max_tokens == 2000 - len(prompt) < 1990
 
 
 def test_a_streamed_chat_says_what_a_whole_one_says(client: AsyncOpenAI, speaker: Any) -> None:
