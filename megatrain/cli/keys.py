@@ -6,7 +6,6 @@ megatrain keys revoke 3
 """
 
 import argparse
-import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; return the exit status.  Raises ConfigError, NotFoundError, StateError."""
+    import asyncio  # `--help` should answer at once
+
     return asyncio.run(_run(args))
 
 

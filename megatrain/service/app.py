@@ -1,6 +1,7 @@
 """The HTTP application: routes, and errors as answers."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
@@ -14,7 +15,11 @@ from megatrain.errors import (
     RankError,
     SamplerError,
 )
+from megatrain.service.auth.principal import Principal
+from megatrain.service.headers import SecurityHeaders
 from megatrain.service.hub import Hub
+from megatrain.service.openai.router import make_router
+from megatrain.service.openai.served import Served
 from megatrain.service.tinker import checkpoints, futures, rest, sampling, service, training
 from megatrain.service.wire.bodies import BodyError
 from megatrain.service.wire.body_cap import BodyCap
@@ -36,11 +41,20 @@ def create_app(hub: Hub) -> FastAPI:
     app.state.hub = hub
     for part in (service, training, futures, sampling, rest, checkpoints):
         app.include_router(part.router, prefix=PREFIX)
+    app.include_router(make_router(Served(hub), _authenticate_for(hub)))
     app.add_middleware(BodyCap, larger=_larger(hub))
     app.add_exception_handler(MegatrainError, _refuse)
     app.add_exception_handler(BodyError, _refuse_body)
     app.add_exception_handler(Exception, _fail)
+    app.add_middleware(SecurityHeaders)  # the outermost, so that all answers have them
     return app
+
+
+def _authenticate_for(hub: Hub) -> Callable[[Request, str], Awaitable[Principal]]:
+    async def authenticate(request: Request, scope: str) -> Principal:
+        return await hub.auth.authenticate(request.headers, scope)
+
+    return authenticate
 
 
 def _larger(hub: Hub) -> dict[str, int]:
