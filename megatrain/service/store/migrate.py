@@ -12,12 +12,14 @@ from sqlalchemy import Connection, Engine, text
 from megatrain.errors import StateError
 
 _LOCK = 0x6D656761
-"""Of PostgreSQL's advisory locks: nobody else migrates meanwhile.  SQLite locks by itself."""
+"""Of PostgreSQL's advisory locks: nobody else migrates meanwhile."""
+IMMEDIATE = "megatrain_immediate"
+"""Option of a connection: SQLite takes its lock at the begin, before anything is read."""
 
 
 def migrate(engine: Engine) -> None:
     """Run the migrations that a database lacks.  Raises StateError for one of a later version."""
-    with engine.begin() as connection:
+    with engine.execution_options(**{IMMEDIATE: True}).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         config = Config()

@@ -1,7 +1,8 @@
 """The database: reads from threads, writes through one that commits all that wait together.
 
 A write returns when it is committed.  Each is a savepoint of its own, so that one that is refused
-does not take others with it.
+does not take others with it.  Where a connection breaks while a group is committed, nobody knows
+whether it was: each group leaves its number in the row of its writer, which tells.
 """
 
 import asyncio
@@ -11,14 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Self
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DataError as RefusedValue
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from megatrain.errors import ConfigError, StateError
-from megatrain.service.store.migrate import migrate
+from megatrain.errors import DataError, StateError
+from megatrain.service.store import writers
+from megatrain.service.store.engine import open_engine
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ MAX_GROUP = 256
 """Writes that are committed together."""
 LOST_S = 60.0
 """Seconds that a write waits for a database that is away."""
+RETRY_S = 0.5
+"""Seconds between two tries."""
 
 _Entry = tuple[Sequence[Change], "Future[None]"]
 
@@ -37,7 +41,13 @@ class Store:
     """One database."""
 
     def __init__(self, engine: Engine) -> None:
+        """`engine` is open_engine's.  Leaves a row that this process is known by."""
         self._engine = engine
+        self._writer_id = writers.new_id()
+        with engine.begin() as connection:
+            writers.note(connection, self._writer_id, 0)
+        self._number = 0
+        self._is_closed = False
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store-writer", daemon=True)
         self._writer.start()
@@ -49,19 +59,25 @@ class Store:
         Raises ConfigError for a URL that is none, StateError for a database that is not there, or
         was written by a later version.
         """
-        return cls(await asyncio.to_thread(_engine, url))
+        return await asyncio.to_thread(lambda: cls(open_engine(url)))
 
     async def write(self, *changes: Change) -> None:
         """Commit changes, all of them or none; return when they are committed.
 
-        Raises what the database says of them, StateError if it stays away.
+        A caller that is cancelled meanwhile has its changes committed all the same.
+
+        Raises what the database says of them, DataError for a value that it cannot hold, and
+        StateError if it stays away or was closed.
         """
+        if self._is_closed:
+            raise StateError("the store is closed")
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # or a cancelled caller would cancel it
         self._queue.put((changes, done))
         await asyncio.wrap_future(done)
 
     async def read[T](self, query: Callable[[Connection], T]) -> T:
-        """Return what a query finds."""
+        """Return what a query finds.  Raises StateError if the database stays away."""
         return await asyncio.to_thread(self._read, query)
 
     def _read[T](self, query: Callable[[Connection], T]) -> T:
@@ -71,12 +87,15 @@ class Store:
                 with self._engine.connect() as connection:
                     return query(connection)
             except DBAPIError as error:
-                if not _is_lost(error) or time.monotonic() > limit:
+                if not _is_lost(error):
                     raise
-                time.sleep(0.5)
+                if time.monotonic() > limit:
+                    raise StateError(f"the database could not be read: {error.orig}") from error
+                time.sleep(RETRY_S)
 
     async def close(self) -> None:
         """Commit what waits, and close."""
+        self._is_closed = True
         self._queue.put(None)
         await asyncio.to_thread(self._writer.join)
         self._engine.dispose()
@@ -103,42 +122,68 @@ class Store:
         return group, True
 
     def _commit(self, group: list[_Entry]) -> None:
-        limit = time.monotonic() + LOST_S
-        while True:
-            try:
-                failures = self._try(group)
-            except DBAPIError as error:
-                if _is_lost(error) and time.monotonic() < limit:
-                    logger.warning("the database is away, and a write waits: %s", error.orig)
-                    time.sleep(0.5)
-                    continue
-                said = StateError(f"the database could not be written: {error.orig}")
-                failures = dict.fromkeys(range(len(group)), said)
-            except BaseException as error:  # noqa: BLE001 - who waits must hear of it
-                failures = dict.fromkeys(range(len(group)), error)
-            break
+        try:
+            failures = self._until_committed(group)
+        except DBAPIError as error:
+            said = StateError(f"the database could not be written: {error.orig}")
+            failures = dict.fromkeys(range(len(group)), said)
+        except BaseException as error:  # noqa: BLE001 - who waits must hear of it
+            failures = dict.fromkeys(range(len(group)), error)
         for index, (_, done) in enumerate(group):
             if index in failures:
                 done.set_exception(failures[index])
             else:
                 done.set_result(None)
 
-    def _try(self, group: list[_Entry]) -> dict[int, BaseException]:
-        """Write and commit a group; return what was refused of it."""
+    def _until_committed(self, group: list[_Entry]) -> dict[int, BaseException]:
+        """Try until the database is there; return what was refused of a group."""
+        limit = time.monotonic() + LOST_S
+        self._number += 1
         failures: dict[int, BaseException] = {}
-        with self._engine.begin() as connection:
-            for index, (changes, _) in enumerate(group):
-                try:
-                    with connection.begin_nested():
-                        for change in changes:
-                            change(connection)
-                except DBAPIError as error:
-                    if _is_lost(error):
-                        raise
-                    failures[index] = error
-                except Exception as error:  # noqa: BLE001 - a change of another is to go on
-                    failures[index] = error
-        return failures
+        is_again = False
+        while True:
+            try:
+                with self._engine.begin() as connection:
+                    if is_again and writers.has_committed(
+                        connection, self._writer_id, self._number
+                    ):
+                        return failures
+                    failures = _apply(connection, group)
+                    writers.note(connection, self._writer_id, self._number)
+            except DBAPIError as error:
+                if not _is_lost(error) or time.monotonic() > limit:
+                    raise
+                logger.warning("the database is away, and a write waits: %s", error.orig)
+                is_again = True
+                time.sleep(RETRY_S)
+            else:
+                return failures
+
+
+def _apply(connection: Connection, group: list[_Entry]) -> dict[int, BaseException]:
+    """Do the changes of a group; return what was refused of it, by place in the group."""
+    failures: dict[int, BaseException] = {}
+    for index, (changes, _) in enumerate(group):
+        try:
+            with connection.begin_nested():
+                for change in changes:
+                    change(connection)
+        except DBAPIError as error:
+            if _is_lost(error):
+                raise
+            failures[index] = _said(error)
+        except Exception as error:  # noqa: BLE001 - a change of another is to go on
+            failures[index] = _said(error)
+    return failures
+
+
+def _said(error: Exception) -> Exception:
+    """Return an error as the caller shall hear it: a value that no column holds is the user's."""
+    if isinstance(error, RefusedValue):
+        return DataError(f"the database cannot hold this: {error.orig}")
+    if isinstance(error, UnicodeEncodeError | OverflowError):
+        return DataError(f"the database cannot hold this: {error}")
+    return error
 
 
 def _is_lost(error: DBAPIError) -> bool:
@@ -146,38 +191,3 @@ def _is_lost(error: DBAPIError) -> bool:
     return error.connection_invalidated or (
         isinstance(error, OperationalError) and "no such" not in text and "syntax" not in text
     )
-
-
-def _engine(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise ConfigError(f"not a database URL: {url!r}", hint="sqlite:///FILE") from error
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    is_sqlite = parsed.get_backend_name() == "sqlite"
-    options: dict[str, Any] = {"connect_args": {"timeout": 30}} if is_sqlite else {}
-    try:
-        engine = create_engine(parsed, pool_pre_ping=not is_sqlite, pool_size=8, **options)
-    except ImportError as error:
-        raise ConfigError(
-            f"the driver of {parsed.drivername} is not installed: {error}",
-            hint="pip install 'megatrain[postgres]'",
-        ) from error
-    if is_sqlite:
-        event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    try:
-        migrate(engine)
-    except OperationalError as error:
-        engine.dispose()
-        raise StateError(f"the database {parsed!r} cannot be opened: {error.orig}") from error
-    return engine
-
-
-def _set_up_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # SQLAlchemy begins; sqlite3 would commit behind its back
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()

@@ -173,3 +173,11 @@ points = Table(
     Column("time", Float, nullable=False),
     Column("value", Float, nullable=False),
 )
+
+writers = Table(
+    "writers",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("time", Float, nullable=False),
+)
