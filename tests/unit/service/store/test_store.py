@@ -251,7 +251,7 @@ def after_commit(store: Store, then: Callable[[], None]) -> None:
             connection.driver_connection.close()
             raise psycopg.OperationalError("server closed the connection unexpectedly")
 
-    dialect.do_commit = commit  # type: ignore[method-assign]
+    dialect.do_commit = commit  # type: ignore[method-assign, assignment]
 
 
 def test_a_commit_whose_answer_was_lost_is_not_done_again(empty_postgres: str) -> None:
