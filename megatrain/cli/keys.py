@@ -100,6 +100,6 @@ def seconds_of(text: str) -> float:
     """Return a time such as 30d in seconds.  Raises ConfigError."""
     unit = UNITS_S.get(text[-1:])
     number = text[:-1]
-    if unit is None or not number.isdigit() or int(number) < 1:
+    if unit is None or not number.isdecimal() or int(number) < 1:
         raise ConfigError(f"a time must be a number with h, d or w behind it: {text!r}")
     return int(number) * unit

@@ -5,9 +5,10 @@ import time
 from collections.abc import Mapping
 
 from megatrain.config.service import ServiceConfig
-from megatrain.errors import BusyError, DeniedError
+from megatrain.errors import DeniedError
 from megatrain.service.auth.bucket import Buckets
 from megatrain.service.auth.key import PREFIX, digest, new_key
+from megatrain.service.auth.meter import Meter
 from megatrain.service.auth.principal import SCOPES, Principal
 from megatrain.service.store import keys, usage
 from megatrain.service.store.records import ApiKey, AuditEntry, Project
@@ -19,6 +20,8 @@ LOCAL = Principal("local", 0, frozenset(SCOPES), "local")
 KNOWN_FOR_S = 0.9
 """A key is looked up again so soon: one that is revoked works no longer than that."""
 USED_EVERY_S = 60.0
+MAX_KNOWN = 10000
+"""Keys, unknown ones too, whose records are kept in memory."""
 
 
 class Authenticator:
@@ -29,7 +32,7 @@ class Authenticator:
         self._known: dict[str, tuple[float, ApiKey | None]] = {}
         self._used: dict[int, float] = {}
         self._buckets = Buckets(config.limits.requests_per_s)
-        self._spent: dict[tuple[str, str], int] = {}
+        self._meter = Meter(store, config.limits.tokens_per_day)
 
     async def first_key(self) -> str | None:
         """Make the first key, and return it; None if there is one, or none is asked for."""
@@ -74,7 +77,7 @@ class Authenticator:
         when, record = self._known.get(wanted, (-1e9, None))
         if now - when > KNOWN_FOR_S:
             record = await self._store.read(keys.by_hash(wanted))
-            if len(self._known) > 10000:
+            if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[wanted] = now, record
         if record is None or not hmac.compare_digest(record.hash, wanted):
@@ -88,23 +91,11 @@ class Authenticator:
 
     async def spend(self, who: Principal, tokens: int) -> None:
         """Count tokens against a project's day.  Raises BusyError where they are used up."""
-        limit = self._config.limits.tokens_per_day
-        if limit is None:
-            return
-        day = time.strftime("%Y-%m-%d", time.gmtime())
-        if (who.project, day) not in self._spent:
-            self._spent = {key: value for key, value in self._spent.items() if key[1] == day}
-            used = await self._store.read(usage.tokens_of(who.project, day))
-            self._spent.setdefault((who.project, day), used)
-        used = self._spent[who.project, day]
-        if used + tokens > limit:
-            raise BusyError(
-                f"this project has used {used} of {limit} tokens today",
-                hint="it begins anew at midnight, UTC",
-                retry_after_s=86400.0 - time.time() % 86400.0,
-            )
-        self._spent[who.project, day] = used + tokens
-        await self._store.write(usage.count(day, who.project, who.key_id, "tokens", tokens))
+        await self._meter.spend(who, tokens)
+
+    async def close(self) -> None:
+        """Write down what was counted."""
+        await self._meter.flush()
 
     async def audit(self, who: Principal, action: str, what: str, address: str = "") -> None:
         """Write down what a key has done."""

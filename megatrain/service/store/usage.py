@@ -12,13 +12,15 @@ from megatrain.service.store.store import Change
 _T, _AUDIT = tables.usage, tables.audit
 
 
-def count(day: str, project: str, key_id: int, kind: str, tokens: int) -> Change:
-    """Count a request and its tokens."""
+def count(
+    day: str, project: str, key_id: int, kind: str, tokens: int, num_requests: int = 1
+) -> Change:
+    """Count requests and their tokens."""
 
     def change(connection: Connection) -> None:
         new = {"day": day, "project": project, "key_id": key_id, "kind": kind}
-        more = {"tokens": _T.c.tokens + tokens, "requests": _T.c.requests + 1}
-        upsert(connection, _T, new | {"tokens": tokens, "requests": 1}, more)
+        more = {"tokens": _T.c.tokens + tokens, "requests": _T.c.requests + num_requests}
+        upsert(connection, _T, new | {"tokens": tokens, "requests": num_requests}, more)
 
     return change
 

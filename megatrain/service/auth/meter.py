@@ -1,0 +1,83 @@
+"""Counts tokens by day, project and key, and says when a project's day is used up.
+
+Counts are in memory, and in the database within FLUSH_S: a request does not wait for them.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+
+from megatrain.errors import BusyError, MegatrainError
+from megatrain.service.auth.principal import Principal
+from megatrain.service.store import usage
+from megatrain.service.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+DAY_S = 86400.0
+
+_Who = tuple[str, str, int]
+"""Day, project, key."""
+
+
+class Meter:
+    """What projects use."""
+
+    def __init__(self, store: Store, tokens_per_day: int | None) -> None:
+        self._store, self._limit = store, tokens_per_day
+        self._spent: dict[tuple[str, str], int] = {}
+        """Tokens by day and project, all of them, as far as there is a limit."""
+        self._tokens: Counter[_Who] = Counter()
+        self._requests: Counter[_Who] = Counter()
+        """What is not yet written."""
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def spend(self, who: Principal, tokens: int) -> None:
+        """Count a request.  Raises BusyError where a project's tokens of the day are used up."""
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        if self._limit is not None:
+            await self._check(who.project, day, tokens, self._limit)
+        self._tokens[day, who.project, who.key_id] += tokens
+        self._requests[day, who.project, who.key_id] += 1
+        if self._flushing is None:
+            self._flushing = asyncio.ensure_future(self._flush_later())
+
+    async def _check(self, project: str, day: str, tokens: int, limit: int) -> None:
+        if (project, day) not in self._spent:
+            used = await self._store.read(usage.tokens_of(project, day))
+            self._spent = {key: value for key, value in self._spent.items() if key[1] == day}
+            self._spent.setdefault((project, day), used)
+        used = self._spent[project, day]
+        if used + tokens > limit:
+            raise BusyError(
+                f"this project has used {used} of {limit} tokens today, and asks for {tokens}",
+                hint="it begins anew at midnight, UTC",
+                retry_after_s=DAY_S - time.time() % DAY_S,
+            )
+        self._spent[project, day] = used + tokens
+
+    async def _flush_later(self) -> None:
+        await asyncio.sleep(FLUSH_S)
+        self._flushing = None
+        try:
+            await self.flush()
+        except MegatrainError as error:
+            logger.warning("what was used is not yet written down: %s", error.message)
+
+    async def flush(self) -> None:
+        """Write down what was counted.  Raises StateError; the counts are kept then."""
+        tokens, requests = self._tokens, self._requests
+        if not requests:
+            return
+        self._tokens, self._requests = Counter(), Counter()
+        changes = [
+            usage.count(*who, "tokens", tokens[who], num_requests=requests[who]) for who in requests
+        ]
+        try:
+            await self._store.write(*changes)
+        except MegatrainError:
+            self._tokens.update(tokens)
+            self._requests.update(requests)
+            raise
