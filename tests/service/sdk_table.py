@@ -47,6 +47,10 @@ class World:
     def session(self) -> str:
         return self.run.split(":")[0]
 
+    @property
+    def sampler_id(self) -> str:
+        return str(self.rest.get_session(self.session).result(LIMIT_S).sampler_ids[-1])
+
     def name(self) -> str:
         return next(self._names)
 
@@ -98,7 +102,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     "ServiceClient.close": lambda w: call("success"),
     "ServiceClient.copy_weights": lambda w: call(w.state()),
     "ServiceClient.create_custom_loss": lambda w: call(
-        lambda logprobs, target_tokens: -logprobs.sum(), {"target_tokens": 1}
+        lambda logprobs, target_tokens: -logprobs.sum(), {"logprobs": 1, "target_tokens": 1}
     ),
     "ServiceClient.create_lora_training_client": lambda w: call(base_model=MODEL, rank=2),
     "ServiceClient.create_rest_client": lambda w: NOTHING(),
@@ -141,7 +145,7 @@ CALLS: dict[str, Callable[[World], Arguments]] = {
     "RestClient.get_billing_usage": lambda w: call(*hours()),
     "RestClient.get_current_checkpoint_storage_usage": lambda w: NOTHING(),
     "RestClient.get_external_weights_urls": lambda w: call(w.external()),
-    "RestClient.get_sampler": lambda w: call(w.sampling.get_sampler_handle()),
+    "RestClient.get_sampler": lambda w: call(w.sampler_id),
     "RestClient.get_server_capabilities": lambda w: NOTHING(),
     "RestClient.get_session": lambda w: call(w.session),
     "RestClient.get_telemetry": lambda w: NOTHING(),

@@ -57,12 +57,14 @@ def test_every_public_method_has_a_call():
     assert [each for each in public_methods() if arguments_of(each) is None] == []
 
 
+@pytest.mark.slow
 def test_every_method_and_command_is_in_the_record():
     record = read_record()
     assert sorted(record["methods"]) == sorted(public_methods())
     assert sorted(record["commands"]) == sorted(command_names())
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_record_says():
     shown = RECORD.with_suffix(".md").read_text()
     for name, outcome in (read_record()["methods"] | read_record()["commands"]).items():
@@ -87,3 +89,4 @@ class TestLive:
 def _use(recipes: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", recipes.server.key)
     monkeypatch.setenv("TINKER_BASE_URL", recipes.server.url)
+    monkeypatch.setenv("TINKER_PROJECT_ID", "default")  # where a client copies weights to

@@ -23,11 +23,11 @@ NEEDS_A_STRANGER = {
 
 def command_names() -> list[str]:
     """Return `group command` of all that the installed client has."""
-    from tinker.cli.__main__ import cli
+    from tinker.cli.__main__ import main_cli
 
-    context, names = click.Context(cli), []
-    for name in cli.list_commands(context):
-        command: Any = cli.get_command(context, name)
+    context, names = click.Context(main_cli), []
+    for name in main_cli.list_commands(context):
+        command: Any = main_cli.get_command(context, name)
         if isinstance(command, click.Group):
             names += [f"{name} {each}" for each in command.list_commands(context)]
         else:
