@@ -6,7 +6,7 @@ import pytest
 
 from tests.service.recipes import Recipes, recipe_server
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 MATHS = ("loss_fn=importance_sampling", "max_tokens=8")
 

@@ -92,9 +92,7 @@ def test_a_batch_that_is_split_over_requests_is_the_same(server):
     norms = [each.optim_step(params).result().metrics["grad_norm"] for each in (whole, split)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     results = [logprobs(each.forward(data, "cross_entropy").result()) for each in (whole, split)]
-    np.testing.assert_allclose(
-        np.concatenate(results[0]), np.concatenate(results[1]), atol=CLOSE
-    )
+    np.testing.assert_allclose(np.concatenate(results[0]), np.concatenate(results[1]), atol=CLOSE)
 
 
 def test_tenants_that_share_passes_get_what_they_get_alone(server):

@@ -23,7 +23,7 @@ from tests.service.tinker_commands import command_names, run_commands
 
 live = [
     pytest.mark.multiprocess,
-    pytest.mark.slow,
+    pytest.mark.chaos,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -57,14 +57,14 @@ def test_every_public_method_has_a_call():
     assert [each for each in public_methods() if arguments_of(each) is None] == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_every_method_and_command_is_in_the_record():
     record = read_record()
     assert sorted(record["methods"]) == sorted(public_methods())
     assert sorted(record["commands"]) == sorted(command_names())
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_the_table_says_what_the_record_says():
     shown = RECORD.with_suffix(".md").read_text()
     for name, outcome in (read_record()["methods"] | read_record()["commands"]).items():
