@@ -43,8 +43,11 @@ class Files:
     async def open(cls, url: str, folder: Path) -> Self:
         """Open a folder or a URL of fsspec.  Raises ConfigError where it cannot be written."""
         scratch = folder / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True, mode=0o700)
+        scratch.mkdir(parents=True, mode=0o700, exist_ok=True)
+        for left in scratch.iterdir():
+            # Ranks that start anew may load again what was fetched before this process.
+            if not left.name.startswith("fetched-") or left.name.endswith(".new"):
+                await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
         try:
             system, root = fsspec.core.url_to_fs(url)
             await asyncio.to_thread(system.makedirs, root, exist_ok=True)

@@ -194,6 +194,23 @@ def test_of_a_folder_the_real_one_is_given_and_of_others_one_copy(tmp_path: Path
     run(f"memory://{tmp_path.name}", tmp_path, copy)
 
 
+def test_a_copy_is_there_after_a_restart_and_half_a_one_is_not(tmp_path: Path) -> None:
+    found: list[Path] = []
+
+    async def before(files: Files) -> None:
+        await files.put_folder(KEY, made(tmp_path / "in"))
+        found.append(await files.local_folder(KEY))
+        (files.scratch / "fetched-half.new").mkdir()
+        (files.scratch / "other").mkdir()
+
+    async def after(files: Files) -> None:
+        assert list(files.scratch.iterdir()) == found
+        assert names(found[0])["adapter.safetensors"] == "weights"
+
+    run(f"memory://{tmp_path.name}", tmp_path, before)
+    run(f"memory://{tmp_path.name}", tmp_path, after)
+
+
 def test_copies_that_nobody_uses_are_deleted(tmp_path: Path) -> None:
     async def check(files: Files) -> None:
         for name in ("a", "b"):
