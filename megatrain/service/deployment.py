@@ -15,6 +15,7 @@ from megatrain.sampler.choose import make_sampler
 from megatrain.sampler.types import Sampler, SampleRequest, SampleResult
 from megatrain.service.files.files import Files
 from megatrain.service.fleet.fleet import Fleet
+from megatrain.service.fleet.loaded import Loaded
 from megatrain.service.publish.publisher import Publisher
 from megatrain.service.publish.trainer_sampler import TrainerSampler
 from megatrain.service.publish.versions import Version
@@ -63,7 +64,8 @@ class Deployment:
         self.publisher = Publisher(self.fleet, self.sampler, draws=sampler is not None)
         self._publish_dir = publish_dir = config.publish_dir or _shared_memory(folder)
         self.saves = Saves(self.fleet, self.publisher, files, store, publish_dir, self.samplers)
-        operations = Operations(self.fleet, fetch, self._after_step)
+        self.loaded = Loaded(folder / "loaded")
+        operations = Operations(self.fleet, fetch, self._after_step, self.loaded)
         self.training = Training(
             self.fleet,
             futures,

@@ -14,7 +14,8 @@ from megatrain.service.files.signed import Signer
 from megatrain.service.intake import Intake
 from megatrain.service.restore import restore
 from megatrain.service.sessions import Sessions
-from megatrain.service.store import checkpoints, requests, samplers
+from megatrain.service.store import checkpoints, samplers
+from megatrain.service.store.janitor import Keep, sweep
 from megatrain.service.store.records import Checkpoint, SamplingSession, Session
 from megatrain.service.store.store import Store
 from megatrain.service.work.futures import Futures
@@ -193,11 +194,11 @@ class Hub:
 
     async def sweep(self) -> None:
         """Delete what has expired: results and checkpoints."""
-        now = time.time()
-        for record in await self.store.read(checkpoints.expired(now)):
-            await self.delete_checkpoint(record)
+        keep = Keep(result_s=self.config.times.result_s)
+        await sweep(self.store, keep, time.time(), self.delete_checkpoint)
         self.futures.forget_before(time.monotonic() - self.config.times.result_s)
-        await self.store.write(requests.expire(now - self.config.times.result_s))
+        for deployment in self.deployments.values():
+            await asyncio.to_thread(deployment.loaded.sweep)
 
     async def delete_checkpoint(self, record: Checkpoint) -> None:
         """Delete a checkpoint: nobody finds it any more, then its files go."""
@@ -216,4 +217,5 @@ class Hub:
     async def close(self) -> None:
         """End ranks and samplers, and close the store."""
         await asyncio.gather(*(each.close() for each in self.deployments.values()))
+        await self.auth.close()
         await self.store.close()

@@ -14,6 +14,7 @@ from megatrain.config.service import ServiceConfig
 from megatrain.errors import ConfigError, MegatrainError
 from megatrain.log import setup_logging
 from megatrain.service.app import create_app
+from megatrain.service.auth.redact import keep_secrets_out
 from megatrain.service.hub import Hub
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def serve(config: ServiceConfig, *, prepare: Callable[[], None] | None = None) -
     the address is taken.
     """
     setup_logging()
+    keep_secrets_out()
     with _bind(config) as listener:
         return asyncio.run(_serve(config, listener, prepare))
 

@@ -339,3 +339,28 @@ def test_a_killed_service_carries_on_and_nothing_is_done_twice(server):
         return got
 
     assert train(kill_after=(2, 5)) == train(kill_after=())
+
+
+def test_sessions_are_found_and_storage_is_counted(server):
+    service = client(server)
+    training = service.create_lora_training_client(base_model=NAME, rank=2, seed=1).result()
+    path = training.save_state("found").result().path
+    session = path.removeprefix("tinker://").split(":")[0]
+    rest = service.create_rest_client()
+    found = rest.search_sessions(types.SessionSearchRequest()).result()
+    mine = next(each for each in found.sessions if each.session_id == session)
+    assert mine.checkpoints_count == 1
+    assert mine.checkpoint_storage_bytes > 1000
+    usage = rest.get_current_checkpoint_storage_usage().result()
+    assert usage.data[0].size_bytes >= mine.checkpoint_storage_bytes
+
+
+def test_a_killed_service_goes_on_from_a_checkpoint_that_is_deleted(server):
+    service = client(server)
+    training = service.create_lora_training_client(base_model=NAME, rank=2, seed=1).result()
+    path = training.save_state("gone").result().path
+    second = service.create_training_client_from_state_with_optimizer(path).result()
+    service.create_rest_client().delete_checkpoint_from_tinker_path(path).result()
+    server.kill()
+    server.start()
+    assert second.forward_backward([datum(1)], "cross_entropy").result().metrics["loss:sum"] > 0

@@ -90,3 +90,17 @@ def last_of(run: str) -> Callable[[Connection], dict[str, Checkpoint]]:
         return {each.kind: each for each in found}
 
     return read
+
+
+def sizes(project: str, *, session: str | None = None) -> Callable[[Connection], tuple[int, int]]:
+    """Return how many checkpoints a project, or one of its sessions, has, and their bytes."""
+    mine = _T.c.project == project
+    if session is not None:
+        mine &= _T.c.run.startswith(f"{session}:", autoescape=True)
+    query = select(func.count(), func.coalesce(func.sum(_T.c.size_bytes), 0)).where(mine)
+
+    def read(connection: Connection) -> tuple[int, int]:
+        count, size = connection.execute(query).one()
+        return int(count), int(size)
+
+    return read

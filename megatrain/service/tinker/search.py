@@ -5,7 +5,7 @@ from typing import Any
 
 from megatrain.service.auth.principal import Principal
 from megatrain.service.hub import Hub
-from megatrain.service.store import sessions
+from megatrain.service.store import checkpoints, sessions
 from megatrain.service.store.records import Session
 from megatrain.service.tinker.shown import text_metadata, time_of
 from megatrain.service.wire.schema import SessionSearchRequest
@@ -39,7 +39,12 @@ async def search(body: SessionSearchRequest, hub: Hub, who: Principal) -> dict[s
             limit=limit + 1,
         )
     )
-    said: dict[str, Any] = {"sessions": [_shown(each) for each in found[:limit]]}
+    sizes = [
+        await hub.store.read(checkpoints.sizes(who.project, session=each.id))
+        for each in found[:limit]
+    ]
+    shown = [_shown(*each) for each in zip(found[:limit], sizes, strict=True)]
+    said: dict[str, Any] = {"sessions": shown}
     if len(found) > limit:
         last = found[limit - 1]
         said["next_cursor"] = {
@@ -49,13 +54,15 @@ async def search(body: SessionSearchRequest, hub: Hub, who: Principal) -> dict[s
     return said
 
 
-def _shown(session: Session) -> dict[str, Any]:
+def _shown(session: Session, sizes: tuple[int, int]) -> dict[str, Any]:
     metadata = text_metadata(session.user_metadata)
     return {
         "session_id": session.id,
         "created_at": time_of(session.created).isoformat(),
         "owner": session.project,
         "project_id": session.project,
+        "checkpoints_count": sizes[0],
+        "checkpoint_storage_bytes": sizes[1],
         **({"display_name": session.display_name} if session.display_name else {}),
         **({"user_metadata": metadata} if metadata else {}),
     }

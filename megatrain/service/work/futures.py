@@ -5,7 +5,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,10 @@ class Futures:
             return await self._settled(racing)
         self.check_room(ticket.project)
         self._add(ticket)
+        # What is committed stays known, also if the client has hung up meanwhile.
+        return await asyncio.shield(self._commit(ticket, changes))
+
+    async def _commit(self, ticket: Ticket, changes: Sequence[Change]) -> Ticket:
         try:
             await self._store.write(requests.add(record_of(ticket)), *changes)
         except BaseException as error:

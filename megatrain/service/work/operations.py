@@ -1,5 +1,6 @@
 """What is no pass: an adapter's beginning and end, its steps, and the weights that it is given."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from megatrain.bus.commands import AddAdapter, ClipGradAndStep, DeleteAdapter, R
 from megatrain.config.lora_parts import targets
 from megatrain.errors import ConfigError, DataError
 from megatrain.service.fleet.fleet import Fleet
+from megatrain.service.fleet.loaded import Loaded
 from megatrain.service.store import points, runs
 from megatrain.service.store.records import Point
 from megatrain.service.store.store import Change
@@ -35,9 +37,10 @@ AfterStep = Callable[[RunState], Awaitable[None]]
 class Operations:
     """Does requests that are no pass and write no files."""
 
-    def __init__(self, fleet: Fleet, fetch: Fetch, after_step: AfterStep) -> None:
+    def __init__(self, fleet: Fleet, fetch: Fetch, after_step: AfterStep, loaded: Loaded) -> None:
         """`after_step` hears of every step, while the next request waits if it has to."""
         self._fleet, self._fetch, self._after_step = fleet, fetch, after_step
+        self._loaded = loaded
 
     async def create(self, run: RunState, ticket: Ticket) -> Done:
         """Make a run's adapter."""
@@ -60,6 +63,7 @@ class Operations:
         """Give a run the weights of a checkpoint; make its adapter if it has none."""
         content = ticket.content
         folder = await self._fetch(run, content["path"])
+        folder = await asyncio.to_thread(self._loaded.link, ticket.id, folder)
         command = Resume(
             adapter=run.adapter,
             checkpoint=str(folder),

@@ -22,6 +22,7 @@ QUERIES: dict[str, Callable[[str], Query]] = {
     "sessions.get": lambda project: sessions.get(project, "s-theirs"),
     "sessions.list_page": lambda project: sessions.list_page(project, 10, 0),
     "sessions.search": lambda project: sessions.search(project, session_id="s-theirs"),
+    "checkpoints.sizes": lambda project: checkpoints.sizes(project),
     "runs.get": lambda project: runs.get(project, "r-theirs"),
     "runs.list_page": lambda project: runs.list_page(project, 10, 0),
     "checkpoints.get": lambda project: checkpoints.get(project, PATH),
