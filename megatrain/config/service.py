@@ -44,8 +44,6 @@ class SamplerConfig(_Options):
     live_every: NonNegativeInt = 0
     """The newest adapter goes live after every so many optimizer steps, as `<run>/latest`;
     0: on request alone."""
-    live_as_base: bool = False
-    """The adapter that went live last answers under the base model's name too."""
     probe_tolerance: PositiveFloat = 0.25
     """Greatest difference in log-probability between trainer and sampler, for a token of the probe,
     with which a new version is published (float32: 1e-3 at most)."""
@@ -161,8 +159,6 @@ class ServiceConfig(_Options):
     """Prefix of all URLs behind a proxy."""
     keys: bool = True
     """Whether a key is asked for.  Without, any key is accepted, on loopback only."""
-    full_parameter_runs: bool = False
-    """Whether one tenant may train all parameters of a model, alone on it."""
     client: dict[str, Any] = Field(default_factory=dict)
     """Fields of the Tinker client's configuration that the server sets."""
     limits: Limits = Limits()
@@ -171,10 +167,6 @@ class ServiceConfig(_Options):
     """How long things last."""
     max_passes_ahead: PositiveInt = 2
     """Passes that wait on the ranks while one runs."""
-    tracing: bool = False
-    """Spans of OpenTelemetry, with the provider of the environment."""
-    log_json: bool = False
-    """Logs as one JSON object a line."""
     public_url: str | None = None
     """How clients reach this service, for URLs in answers; None: as the request says."""
     priorities: dict[str, NonNegativeFloat] = Field(default_factory=dict)

@@ -15,8 +15,10 @@ def make_sampler(config: SamplerConfig, model: Path, *, is_float32: bool) -> Sam
     """
     if config.engine == "none":
         return None
-    if config.engine == "vllm" or config.address is not None:
+    of_vllm = config.address or config.python or config.options or config.tp > 1
+    if config.engine == "vllm" or of_vllm:
         raise ConfigError(
-            "the engine vllm is not here yet", hint="sampler='transformers', or 'none'"
+            "the engine vllm, and its address, python, tp and options, are not here yet",
+            hint="sampler='transformers', or 'none'",
         )
     return TransformersSampler(config, model, is_float32=is_float32)

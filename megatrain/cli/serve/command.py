@@ -71,7 +71,6 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
     service.add_argument("--database", metavar="URL", help="SQLAlchemy's; default: SQLite in DIR")
     service.add_argument("--files", metavar="URL", help="where checkpoints are kept (fsspec)")
     service.add_argument("--no-keys", action="store_true", help="accept any key; loopback only")
-    service.add_argument("--log-json", action="store_true", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,8 +23,6 @@ def build_config(args: argparse.Namespace) -> ServiceConfig:
     fields = _given(args, SERVICE)
     if args.no_keys:
         fields["keys"] = False
-    if args.log_json:
-        fields["log_json"] = True
     if args.config is not None:
         return _parse(_from_file(args.config) | fields, str(args.config))
     path, name = args.model, args.model
