@@ -29,8 +29,8 @@ from tests.multiprocess.truth import (
 pytestmark = pytest.mark.multiprocess
 
 TOLERANCE = 3e-5
-"""Of log-probabilities up to 10, in float32; processors differ, up to 1.5e-5 was seen."""
-"""Float32 sums in another order differ by 1e-6; of gradients, relative to a tensor's largest."""
+"""Float32 sums in another order: of log-probabilities up to 10, where processors differ, up to
+1.5e-5 was seen; of gradients, relative to a tensor's largest."""
 BATCH = random_batch(6)
 MESHES = [DeviceMesh(), DeviceMesh(tp=2), DeviceMesh(cp=2), DeviceMesh(pp=2)]
 SHARP = {"initializer_range": 0.05}
