@@ -22,25 +22,16 @@ class _Options(BaseModel):
 class SamplerConfig(_Options):
     """Who samples of a base model and its adapters."""
 
-    engine: Literal["auto", "vllm", "transformers", "none"] = "auto"
-    """auto: vLLM where its environment is installed, else Transformers; none: nobody samples, and
-    the trainer answers compute_logprobs."""
-    address: str | None = None
-    """http://HOST:PORT of a vLLM that runs already, instead of one that is started here."""
-    python: Path | None = None
-    """Python of vLLM's environment; None: that of `megatrain sampler install`."""
+    engine: Literal["auto", "transformers", "none"] = "auto"
+    """auto: Transformers; none: nobody samples, and the trainer answers compute_logprobs."""
     devices: str | None = None
     """Devices that the engine sees: `4-7` or `4,5`; None: all."""
-    tp: PositiveInt = 1
-    """Tensor parallel size of vLLM."""
     max_adapters: PositiveInt = 64
     """Adapters that the engine holds at once; further ones are loaded again when they are used."""
     max_batch: PositiveInt = 64
     """Sequences that are generated together."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Type of the engine's parameters; auto: as the trainer's."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of vLLM's server, by their names without the dashes."""
     live_every: NonNegativeInt = 0
     """The newest adapter goes live after every so many optimizer steps, as `<run>/latest`;
     0: on request alone."""

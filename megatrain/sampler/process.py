@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -99,11 +98,3 @@ class ChildProcess:
         if text:
             self._tail.append(text)
             logger.info("%s: %s", self.name, text)
-
-
-def free_port() -> int:
-    """Return a port of loopback that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

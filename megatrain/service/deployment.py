@@ -29,7 +29,7 @@ from megatrain.service.work.sampling import SamplerState, Sampling
 from megatrain.service.work.saves import Saves
 from megatrain.service.work.scheduler import Scheduler
 from megatrain.service.work.ticket import Result, Ticket
-from megatrain.service.work.training import Training
+from megatrain.service.work.training import Operation, Training
 
 logger = logging.getLogger(__name__)
 
@@ -63,23 +63,30 @@ class Deployment:
         self.sampler: Sampler = self.trainer_sampler if sampler is None else sampler
         self.publisher = Publisher(self.fleet, self.sampler, draws=sampler is not None)
         self._publish_dir = publish_dir = config.publish_dir or _shared_memory(folder)
-        self.saves = Saves(self.fleet, self.publisher, files, store, publish_dir, self.samplers)
+        self.saves = Saves(
+            self.fleet,
+            self.publisher,
+            files,
+            store,
+            publish_dir,
+            self.samplers,
+            max_checkpoints=config.limits.max_checkpoints,
+        )
         self.loaded = Loaded(folder / "loaded")
         operations = Operations(self.fleet, fetch, self._after_step, self.loaded)
-        self.training = Training(
-            self.fleet,
-            futures,
-            {
-                "create_model": operations.create,
-                "load_weights": operations.load,
-                "optim_step": operations.step,
-                "unload_model": operations.unload,
-                "save_weights": self.saves.training,
-                "save_weights_for_sampler": self.saves.for_sampler,
-                "save_weights_external": self.saves.external,
-            },
-        )
-        self.scheduler = Scheduler(
+        self.training = Training(self.fleet, futures, _kinds(operations, self.saves))
+        self.scheduler = self._scheduler()
+        self.sampling = self._sampling(futures)
+        self._futures = futures
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._audits: set[asyncio.Task[None]] = set()
+        self._num_samples = 0
+        self._named: dict[str, Version] = {}
+        self.sampled_tokens = 0
+
+    def _scheduler(self) -> Scheduler:
+        config = self._config
+        return Scheduler(
             self.training.start,
             self._give_up_gap,
             max_passes=1 + config.max_passes_ahead,
@@ -87,21 +94,17 @@ class Deployment:
             gap_s=config.times.gap_s,
             shares=config.priorities,
         )
-        self.sampling = Sampling(
+
+    def _sampling(self, futures: Futures) -> Sampling:
+        return Sampling(
             self.publisher,
             futures,
-            slots=SLOTS_PER_SEQUENCE * served.sampler.max_batch,
-            shares=config.priorities,
+            slots=SLOTS_PER_SEQUENCE * self.served.sampler.max_batch,
+            shares=self._config.priorities,
             choose=self.version_of,
             encode=encode_sample_result,
             done=self._sampled,
         )
-        self._futures = futures
-        self._tasks: list[asyncio.Task[Any]] = []
-        self._audits: set[asyncio.Task[None]] = set()
-        self._num_samples = 0
-        self._named: dict[str, Version] = {}
-        self.sampled_tokens = 0
 
     @property
     def name(self) -> str:
@@ -222,6 +225,19 @@ class Deployment:
             task.cancel()
         await self.publisher.versions.close()
         await asyncio.gather(self.sampler.close(), self.fleet.close(), return_exceptions=True)
+
+
+def _kinds(operations: Operations, saves: Saves) -> dict[str, Operation]:
+    """Return who does a request that is no pass, by its kind."""
+    return {
+        "create_model": operations.create,
+        "load_weights": operations.load,
+        "optim_step": operations.step,
+        "unload_model": operations.unload,
+        "save_weights": saves.training,
+        "save_weights_for_sampler": saves.for_sampler,
+        "save_weights_external": saves.external,
+    }
 
 
 def _shared_memory(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from megatrain.service.store import runs
 from megatrain.service.store.records import Run
 from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_queue import RunQueue
-from megatrain.service.work.run_state import BASE, RunState, adapter_name
+from megatrain.service.work.run_state import RunState, adapter_name
 from megatrain.service.work.sampling import SamplerState
 from megatrain.service.work.ticket import Result, Ticket
 
@@ -160,12 +160,12 @@ def new_run(  # noqa: PLR0913 - a record has many fields
     project: str,
     base_model: str,
     *,
-    lora: dict[str, Any] | None,
+    lora: dict[str, Any],
     optimizer: dict[str, Any],
     user_metadata: dict[str, Any],
     source: str | None = None,
 ) -> Run:
-    """Return the record of a run that is to be made; `lora` None trains all parameters."""
+    """Return the record of a run that is to be made."""
     run_id = f"{session}:train:{seq}"
     now = time.time()
     return Run(
@@ -173,10 +173,10 @@ def new_run(  # noqa: PLR0913 - a record has many fields
         session=session,
         project=project,
         base_model=base_model,
-        adapter=BASE if lora is None else adapter_name(run_id),
-        is_lora=lora is not None,
-        lora_rank=0 if lora is None else int(lora["rank"]),
-        lora={} if lora is None else {key: lora[key] for key in lora if key != "rank"},
+        adapter=adapter_name(run_id),
+        is_lora=True,
+        lora_rank=int(lora["rank"]),
+        lora={key: lora[key] for key in lora if key != "rank"},
         optimizer=optimizer,
         user_metadata=user_metadata,
         created=now,

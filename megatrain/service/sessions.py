@@ -77,10 +77,6 @@ class Sessions:
         """Tell whether a session goes on."""
         return session_id in self._alive
 
-    def num_alive(self) -> int:
-        """Return how many there are."""
-        return len(self._alive)
-
     async def heartbeat(self, project: str, session_id: str) -> None:
         """Note that a session is alive.  Raises NotFoundError for one that is over."""
         self.alive(project, session_id)

@@ -1,7 +1,7 @@
 """`megatrain serve`: the Tinker-compatible service, with its ranks and samplers.
 
     megatrain serve --demo
-    megatrain serve --model Qwen/Qwen3-8B --ranks 2 --tp 2 --sampler vllm --sampler-devices 4-7
+    megatrain serve --model Qwen/Qwen3-8B --ranks 2 --tp 2 --sampler-devices 4-7
     megatrain serve --config service.toml
 
 Tinker's clients set TINKER_BASE_URL and TINKER_API_KEY, OpenAI's base_url and api_key.
@@ -54,10 +54,8 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampler(parser: argparse.ArgumentParser) -> None:
     sampler = parser.add_argument_group("sampler")
-    sampler.add_argument("--sampler", choices=("auto", "vllm", "transformers", "none"))
-    sampler.add_argument("--sampler-address", metavar="URL", help="a vLLM that runs already")
+    sampler.add_argument("--sampler", choices=("auto", "transformers", "none"))
     sampler.add_argument("--sampler-devices", metavar="LIST", help="such as 4-7")
-    sampler.add_argument("--sampler-tp", type=int, metavar="N")
     sampler.add_argument(
         "--live-every", type=int, metavar="STEPS", help="the newest adapter goes live by itself"
     )

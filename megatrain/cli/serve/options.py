@@ -58,9 +58,7 @@ def _model(args: argparse.Namespace, path: str, name: str) -> dict[str, Any]:
         options["max_loras"] = args.max_loras
     sampler = {
         "engine": args.sampler,
-        "address": args.sampler_address,
         "devices": args.sampler_devices,
-        "tp": args.sampler_tp,
         "live_every": args.live_every,
     }
     return {

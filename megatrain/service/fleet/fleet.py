@@ -99,10 +99,6 @@ class Fleet:
     def _rank_settings(self) -> dict[str, Any]:
         return {"platform": self.served.platform}
 
-    def is_adopted(self, tag: str) -> bool:
-        """Tell whether a command was accepted by an earlier driver, and is answered again."""
-        return tag in self._adopted
-
     def adopted_tags(self) -> list[str]:
         """Return the tags of commands that an earlier driver had accepted."""
         return list(self._adopted)

@@ -64,7 +64,7 @@ class TrainerSampler:
         if any(asked) or not request.prompt_logprobs:
             raise DataError(
                 "this service has no sampler: only compute_logprobs is answered, by the trainer",
-                hint="start it with --sampler transformers or vllm",
+                hint="start it with --sampler transformers",
             )
         nothing = SampledSequence([], np.zeros(0, np.float32), "length")
         return SampleResult([nothing] * request.num_samples, await self.prompt_logprobs(request))

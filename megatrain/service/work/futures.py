@@ -54,10 +54,6 @@ class Futures:
         """Set, and made anew, when anything is finished."""
         self._of_sampler: dict[str, list[Completion]] = {}
 
-    def num_open(self, project: str | None = None) -> int:
-        """Return how many requests wait or run, of one project or of all."""
-        return len(self._open) if project is None else self._counts[project]
-
     def open(self) -> Iterable[Ticket]:
         """Return what waits or runs."""
         return list(self._open.values())
@@ -146,6 +142,12 @@ class Futures:
         state = "failed" if result.failed else "done"
         if ticket.cancelled:
             state = "cancelled"
+        # A task that is cancelled meanwhile does not leave a ticket without an end.
+        await asyncio.shield(self._end(ticket, result, state, changes))
+
+    async def _end(
+        self, ticket: Ticket, result: Result, state: str, changes: Sequence[Change]
+    ) -> None:
         await self._store.write(
             requests.finish(ticket.id, state, result.data, result.kind, time.time(), ticket.tokens),
             *changes,

@@ -7,9 +7,6 @@ from megatrain.service.store.records import Run
 from megatrain.service.work.run_queue import RunQueue
 from megatrain.service.work.ticket import Ticket
 
-BASE = ""
-"""Adapter of a run that trains all parameters."""
-
 
 @dataclass(slots=True, eq=False)
 class RunState:

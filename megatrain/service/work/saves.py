@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.bus.commands import Save
-from megatrain.errors import ConfigError, StateError
+from megatrain.errors import StateError
 from megatrain.service.files.files import Files
 from megatrain.service.fleet.fleet import Fleet
 from megatrain.service.publish.publisher import Publisher
@@ -36,15 +36,18 @@ class Saves:
     def __init__(
         self,
         fleet: Fleet,
-        publisher: Publisher | None,
+        publisher: Publisher,
         files: Files,
         store: Store,
         publish_dir: Path,
         sampler_states: dict[str, SamplerState],
+        *,
+        max_checkpoints: int,
     ) -> None:
+        """`max_checkpoints`: of one project."""
         self._fleet, self._publisher, self._files, self._store = fleet, publisher, files, store
         self._publish_dir = publish_dir
-        self._samplers = sampler_states
+        self._samplers, self._max_checkpoints = sampler_states, max_checkpoints
         self.live: dict[str, Version] = {}
         """The newest version of each run that went live."""
         self._versions: dict[str, list[Version]] = {}
@@ -90,13 +93,6 @@ class Saves:
 
     async def publish(self, run: RunState) -> Version:
         """Bring a run's adapter, as it is on the ranks, to the sampler; it is live then."""
-        if self._publisher is None:
-            raise StateError("this model has no sampler")
-        if not run.record.is_lora:
-            raise ConfigError(
-                "a run that trains all parameters cannot be sampled from here",
-                hint="save its weights, and serve the checkpoint as a model of its own",
-            )
         name = f"{run.adapter}-{run.step}-{uuid.uuid4().hex[:8]}"
         directory = self._publish_dir / name
         await self._fleet.do(Save(adapter=run.adapter, directory=str(directory)))
@@ -107,7 +103,6 @@ class Saves:
         return version
 
     def _make_live(self, run: RunState, version: Version) -> None:
-        assert self._publisher is not None
         self.live[run.id] = version
         kept = self._versions.setdefault(run.id, [])
         kept.append(version)
@@ -126,8 +121,7 @@ class Saves:
         """Let all versions of a run go that nobody uses."""
         self.live.pop(run.id, None)
         for version in self._versions.pop(run.id, []):
-            if self._publisher is not None:
-                self._publisher.versions.retire(version)
+            self._publisher.versions.retire(version)
 
     async def _checkpoint(
         self, run: RunState, ticket: Ticket, kind: str
@@ -139,6 +133,12 @@ class Saves:
             raise StateError(
                 f"there is a checkpoint {path} already",
                 hint="choose another name, delete it, or save with overwrite",
+            )
+        count, _ = await self._store.read(checkpoints.sizes(run.project))
+        if before is None and count >= self._max_checkpoints:
+            raise StateError(
+                f"this project has {count} checkpoints, which is all that it may have",
+                hint="delete some, or give them a ttl",
             )
         key = key_of(path)
         folder = await self._save(run, with_optimizer=kind == "training")

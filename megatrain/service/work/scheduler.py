@@ -57,11 +57,6 @@ class Scheduler:
         """Requests in all queues."""
         return sum(len(run.queue) for run in self.runs.values())
 
-    @property
-    def num_running(self) -> int:
-        """Passes and operations that were started."""
-        return len(self._tasks)
-
     def put(self, run: RunState, ticket: Ticket) -> bool:
         """Take a request in; return False if its number is over."""
         taken = run.queue.put(ticket.seq, ticket, time.monotonic())
@@ -125,14 +120,13 @@ class Scheduler:
             now = time.monotonic()
             same = [run for run in others if _tag(run) == first[1].tag]
             return [first, *((run, run.queue.pop(now)) for run in same)]
-        while kind in PASSES and first[0].record.is_lora:
+        while kind in PASSES:
             fitting = {
                 name: ticket
                 for name, ticket in self._heads().items()
                 if ticket.kind == kind
                 and not ticket.tag
                 and ticket.tokens <= left
-                and self.runs[name].record.is_lora
                 and all(name != run.id for run, _ in chosen)
             }
             more = self._pick(fitting)
