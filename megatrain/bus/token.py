@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from megatrain.bus.address import Address
@@ -52,13 +53,16 @@ def driving_token(address: Address, config: BusConfig) -> bytes:
 
 
 def _make(path: Path) -> None:
+    """Make a token file that is whole from its first moment, unless somebody is faster."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return  # somebody was faster
-    with os.fdopen(descriptor, "w") as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".token-") as file:  # mode 600
         file.write(secrets.token_hex(32) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            os.link(file.name, path)
+        except FileExistsError:
+            return
     logger.info("made a token: %s", path)
 
 

@@ -16,6 +16,7 @@ from megatrain.errors import (
     SamplerError,
 )
 from megatrain.service.auth.principal import Principal
+from megatrain.service.console.router import make_router as make_console
 from megatrain.service.headers import SecurityHeaders
 from megatrain.service.hub import Hub
 from megatrain.service.openai.router import make_router
@@ -42,6 +43,7 @@ def create_app(hub: Hub) -> FastAPI:
     for part in (service, training, futures, sampling, rest, checkpoints):
         app.include_router(part.router, prefix=PREFIX)
     app.include_router(make_router(Served(hub), _authenticate_for(hub)))
+    app.include_router(make_console(hub))
     app.add_middleware(BodyCap, larger=_larger(hub))
     app.add_exception_handler(MegatrainError, _refuse)
     app.add_exception_handler(BodyError, _refuse_body)

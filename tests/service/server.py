@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.service.sdk_clients import close_clients
+
 NAME = "tiny/base"
 START_S = 180.0
 
@@ -61,8 +63,9 @@ class Server:
         self._process.wait()
 
     def stop(self) -> int:
-        """Ask it to end; return its exit status."""
+        """Close this process' clients, and ask it to end; return its exit status."""
         assert self._process is not None
+        close_clients()
         self._process.send_signal(signal.SIGTERM)
         try:
             return self._process.wait(60)

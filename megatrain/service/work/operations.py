@@ -27,6 +27,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Of the API's families: ours, with the options that hold until the first step says others."""
+CURVES = frozenset({"loss", "loss:sum", "grad_norm", "lr", "tokens", "tokens_per_s"})
+"""What is kept of every step."""
 
 Done = tuple[Result, Sequence[Change]]
 Fetch = Callable[[RunState, str], Awaitable[Path]]
@@ -135,6 +137,7 @@ def _points(run: RunState, metrics: dict[str, float]) -> list[Change]:
     values.pop("step", None)
     if run.pass_tokens:
         values["loss"] = run.pass_loss / run.pass_tokens
+        values["loss:sum"] = run.pass_loss
         values["tokens_per_s"] = run.pass_tokens / max(run.pass_seconds, 1e-9)
         values["tokens"] = float(run.pass_tokens)
     now = time.time()
