@@ -85,6 +85,7 @@ def logits(model):
 
 @pytest.mark.parametrize("mesh", [DeviceMesh(), DeviceMesh(tp=2)], ids=["1", "tp2"])
 @pytest.mark.parametrize("options", [DENSE, HEADS], ids=["linears", "embeddings"])
+@pytest.mark.slow
 def test_a_dense_adapter_of_pefts_is_trained_on_as_peft_trains_it(
     options, mesh, ranks, checkpoints, tmp_path
 ):
@@ -121,6 +122,7 @@ def test_a_dense_adapter_of_pefts_is_trained_on_as_peft_trains_it(
     ],
     ids=["qwen3-moe-stacked", "qwen3-moe-fused", "gpt-oss", "deepseek", "mixtral-router"],
 )
+@pytest.mark.slow
 def test_experts_of_pefts_compute_the_same_here_and_in_peft_again(
     family, options, mesh, ranks, checkpoints, tmp_path
 ):

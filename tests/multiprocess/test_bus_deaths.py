@@ -118,6 +118,7 @@ def all_gone(pids: list[int], timeout_s: float) -> bool:
 
 
 @pytest.mark.parametrize("snapshots", [pytest.param(False, marks=pytest.mark.chaos), True])
+@pytest.mark.slow
 def test_after_a_drivers_death_its_ranks_end_and_a_new_one_goes_on(
     checkpoint: Path, tmp_path: Path, snapshots: bool
 ) -> None:
@@ -198,6 +199,7 @@ def driven_at(address: str) -> Iterator[Any]:
         megatrain.shutdown()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(checkpoint: Path) -> None:
     options = {"global_device_mesh": EP2_DP2.to_dict(), "fork_ranks": True}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps(options), str(checkpoint)]

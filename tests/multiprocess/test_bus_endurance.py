@@ -43,6 +43,7 @@ def held(driver: Driver) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_ten_thousand_commands_keep_their_order_and_nothing_grows(checkpoint: Path) -> None:
     with driven(DeviceMesh(dp=2)) as driver:
         model = make_model(checkpoint)
@@ -99,6 +100,7 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     "seed",
     [pytest.param(n, marks=() if n < BY_DEFAULT else pytest.mark.chaos) for n in range(SEEDS)],
 )
+@pytest.mark.slow
 def test_whatever_is_killed_and_when_nothing_is_lost(
     checkpoint: Path, undisturbed: dict[str, Any], tmp_path: Path, seed: int
 ) -> None:

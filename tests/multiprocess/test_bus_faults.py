@@ -103,6 +103,7 @@ def check_named(losses: list[Event], rank: int, since: float) -> None:
     ("layout", "phase", "rank"),
     [pytest.param(*case, marks=() if case in sample() else pytest.mark.chaos) for case in EVERY],
 )
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_nothing_changes(
     checkpoint: Path,
     undisturbed: Callable[[DeviceMesh], dict[str, Any]],
@@ -138,6 +139,7 @@ def test_a_rank_that_is_killed_is_named_and_nothing_changes(
         for rank in (0, 1, 3)
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_and_nothing_changes(
     checkpoint: Path,
     undisturbed: Callable[[DeviceMesh], dict[str, Any]],
@@ -165,6 +167,7 @@ def test_a_rank_that_is_stopped_is_named_and_nothing_changes(
     assert same(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_finish_is_a_deadline_error_with_its_stack(
     checkpoint: Path, tmp_path: Path
 ) -> None:

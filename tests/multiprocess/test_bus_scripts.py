@@ -149,6 +149,7 @@ megatrain.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_ranks_import_what_stands_beside_the_script(checkpoints, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "losses_of_mine.py").write_text(

@@ -55,6 +55,7 @@ def test_what_goes_through_megatron_comes_back_byte_for_byte(family, ranks, chec
         ("gpt_oss", DeviceMesh(tp=2), DeviceMesh(dp=2, ep=2)),
     ],
 )
+@pytest.mark.slow
 def test_megatron_loads_what_was_converted_on_another_layout(
     family, saved, loaded, ranks, checkpoints, tmp_path
 ):
@@ -95,6 +96,7 @@ def test_every_family_goes_from_tp_to_another_layout(family, loaded, ranks, chec
         ("gpt_oss", DeviceMesh(tp=2, ep=2)),
     ],
 )
+@pytest.mark.slow
 def test_what_megatron_saved_is_exported_byte_for_byte(family, mesh, ranks, checkpoints, tmp_path):
     folder, saved, config = checkpoints(family), tmp_path / "saved", tmp_path / "config"
     ranks.run(tasks.megatron_saves, mesh, folder, saved)

@@ -45,6 +45,7 @@ def sharded(checkpoints, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_import_and_export_on_two_processes_report_and_verify(convert, sharded, tmp_path):
     report, middle, back = (tmp_path / name for name in ("report.json", "middle", "back"))
     options = ["--workers", 2, "--verify", "--report", report]

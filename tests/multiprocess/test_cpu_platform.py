@@ -65,6 +65,7 @@ print("same")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.slow
 def test_transformers_and_peft_give_the_same_bits_before_and_after(family, checkpoints):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(checkpoints(family))],

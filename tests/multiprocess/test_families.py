@@ -120,6 +120,7 @@ def test_there_is_a_plan_for_every_architecture():
 
 
 @pytest.mark.parametrize("name", HOLDING)
+@pytest.mark.slow
 def test_log_probabilities_on_every_layout_are_those_of_transformers(
     name, ranks, published, support
 ):
@@ -170,6 +171,7 @@ def test_an_adapter_on_all_linears_trains_and_is_the_same_in_peft(
 
 
 @pytest.mark.parametrize("name", HOLDING)
+@pytest.mark.slow
 def test_what_goes_through_megatrons_format_comes_back_byte_for_byte(
     name, ranks, published, tmp_path, support
 ):
@@ -186,6 +188,7 @@ def test_what_goes_through_megatrons_format_comes_back_byte_for_byte(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_settings_of_published_models_are_those_of_transformers(name, ranks, checkpoints):
     family, changes = VARIANTS[name]
     folder, batch = checkpoints(family, **SHARP, **changes), random_batch(6)

@@ -85,6 +85,7 @@ def runs(ranks, checkpoints, tmp_path_factory) -> Runs:
 
 
 @parametrize
+@pytest.mark.slow
 def test_one_seed_gives_one_initial_adapter_bit_for_bit(family, mesh, runs):
     expected, actual = (runs(family, m)[0]["initial"] for m in (DeviceMesh(), mesh))
     assert actual.keys() == expected.keys()

@@ -64,6 +64,7 @@ SPLIT = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.slow
 def test_named_targets_train_alike_when_split_and_export_exactly(
     name, ranks, checkpoints, tmp_path
 ):

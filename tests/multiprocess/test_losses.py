@@ -50,6 +50,7 @@ def assert_gradients(mine, expected, name):
 
 
 @pytest.mark.parametrize("mesh", [None, DeviceMesh(dp=4), DeviceMesh(dp=2, cp=2)], ids=str)
+@pytest.mark.slow
 def test_data_without_labels_count_alike_however_they_are_packed(mesh, ranks, checkpoints):
     folder = checkpoints("qwen3")
     alone = ranks.run(loss_tasks.hard_losses, None, folder, LOSSES)[0]

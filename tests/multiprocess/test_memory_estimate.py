@@ -28,6 +28,7 @@ EP2 = DeviceMesh(dp=2, ep=2)
         ("gpt_oss", [TP2, EP2]),
     ],
 )
+@pytest.mark.slow
 def test_every_rank_holds_as_many_parameters_as_estimated(family, meshes, ranks, checkpoints):
     folder = checkpoints(family)
     config = json.loads((folder / "config.json").read_text())

@@ -121,6 +121,7 @@ def relative_l2(ours, theirs):
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=str)
+@pytest.mark.slow
 def test_an_adapter_goes_on_on_another_layout(case, ranks, checkpoints, tmp_path):
     check(case, ranks, checkpoints, tmp_path)
 
@@ -161,6 +162,7 @@ def test_on_one_layout_everything_is_bit_for_bit(mesh, lora, ranks, checkpoints,
     ],
     ids=["pp2", "cp2", "ep2-lora", "ep2-full", "dp2-Muon", "tp2-full-Muon"],
 )
+@pytest.mark.slow
 def test_other_layouts_and_optimizers_are_bit_for_bit_too(
     family, mesh, lora, optimizer, ranks, checkpoints, tmp_path
 ):

@@ -279,6 +279,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(setting: Setting, tmp_path: Pat
         setting.runner.run(setting.sampler.load_adapter("empty", tmp_path))
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_comes_back_with_its_adapters(setting: Setting) -> None:
     asked = request(adapter="b", num_samples=2, seed=2, max_tokens=200)
     (before,) = setting.sample(asked)
@@ -296,6 +297,7 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(setting: Setting)
     assert setting.sampler.status().restarts == 1
 
 
+@pytest.mark.slow
 def test_every_sample_agrees_with_the_version_that_it_names(
     setting: Setting, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ MESHES = [DeviceMesh(dp=2), DeviceMesh(dp=2, tp=2), DeviceMesh(dp=2, pp=2), Devi
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: mesh.describe().replace("·", "-"))
+@pytest.mark.slow
 def test_a_scattered_pass_equals_one_whose_rows_all_ranks_have(mesh, ranks, checkpoints):
     reports = ranks.run(scattered_tasks.passes, mesh, checkpoints("qwen3"))
     for name, (whole, scattered) in reports[0]["outputs"].items():

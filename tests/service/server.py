@@ -36,13 +36,17 @@ class Server:
         path = self.folder / "log"
         return path.read_text() if path.exists() else ""
 
+    def arguments(self) -> list[str]:
+        """Return what it serves, as options of the command."""
+        what = ["--model", str(self._model), "--name", NAME, "--mixed-precision", "no"]
+        return [*what, "--platform", "cpu", "--fork-ranks", *self._options]
+
     def start(self) -> None:
         """Start it, and wait until it is ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.log.count(" ready")
-        command = [sys.executable, "-m", "megatrain", "serve", "--model", str(self._model)]
-        command += ["--name", NAME, "--mixed-precision", "no", "--platform", "cpu", "--fork-ranks"]
-        command += ["--port", str(self.port), "--data", str(self.folder / "data"), *self._options]
+        command = [sys.executable, "-m", "megatrain", "serve", *self.arguments()]
+        command += ["--port", str(self.port), "--data", str(self.folder / "data")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=dict(os.environ)

@@ -16,7 +16,7 @@ import tinker
 from tinker import types
 
 from tests.service.server import NAME, Server
-from tests.service.truth import Truth
+from tests.service.truth import MUON, Truth
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -78,6 +78,39 @@ def test_a_step_gives_what_transformers_and_peft_give(server, truth):
     assert ours.result().metrics["loss:sum"] == pytest.approx(expected.loss, rel=CLOSE)
     assert stepped.result().metrics["grad_norm"] == pytest.approx(expected.norm, rel=1e-4)
     np.testing.assert_allclose(np.concatenate(logprobs(after)), expected.after, atol=1e-4)
+
+
+def test_dimuon_is_torchs_muon(server, truth):
+    """Newton-Schulz runs in bfloat16 in both, so they agree to its 8 bits of the change.
+
+    The head is left out: it is AdamW's, as Muon's author says.
+    """
+    training = (
+        client(server)
+        .create_lora_training_client(
+            base_model=NAME,
+            rank=4,
+            seed=5,
+            train_unembed=False,
+            optimizer=types.DimuonOptimizerConfig(),
+        )
+        .result()
+    )
+    data = [datum(1), datum(2, 20)]
+    path = training.save_weights_for_sampler("before").result().path
+    before = training.forward_backward(data, "cross_entropy").result()
+    stepped = training.optim_step(types.DimuonParams(learning_rate=0.01, beta1=0.9)).result()
+    after = training.forward(data, "cross_entropy").result()
+    folder = server.folder / "data" / "files" / path.removeprefix("tinker://").replace(":", "_")
+    expected = truth.step(folder, data, lr=0.01, clip=0.0, make=MUON)
+    assert stepped.metrics["grad_norm"] == pytest.approx(expected.norm, rel=1e-4)
+    change = np.concatenate(logprobs(after)) - np.concatenate(logprobs(before))
+    np.testing.assert_allclose(
+        change, expected.after - expected.before, atol=2e-2 * abs(change).max()
+    )
+    assert abs(change).max() > 0.01
+    with pytest.raises(tinker.APIError, match="dimuon"):
+        training.optim_step(types.AdamParams(learning_rate=1e-3)).result()
 
 
 def test_a_batch_that_is_split_over_requests_is_the_same(server):
@@ -324,6 +357,7 @@ def test_a_request_that_comes_twice_is_done_once(server):
         assert got["metrics"]["step"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_killed_service_carries_on_and_nothing_is_done_twice(server):
     def train(kill_after: tuple[int, ...]) -> list[tuple[float, float]]:
         training = client(server).create_lora_training_client(base_model=NAME, rank=4, seed=2)
@@ -355,6 +389,7 @@ def test_sessions_are_found_and_storage_is_counted(server):
     assert usage.data[0].size_bytes >= mine.checkpoint_storage_bytes
 
 
+@pytest.mark.slow
 def test_a_killed_service_goes_on_from_a_checkpoint_that_is_deleted(server):
     service = client(server)
     training = service.create_lora_training_client(base_model=NAME, rank=2, seed=1).result()

@@ -1,12 +1,18 @@
 """What Transformers and PEFT make of the same data: in this process, which knows no Megatron."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+MUON = partial(torch.optim.Muon, momentum=0.9, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 @dataclass(frozen=True)
@@ -25,18 +31,24 @@ class Truth:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def step(self, adapter: Path, data: list, *, lr: float, clip: float) -> Step:
-        """Return what one AdamW step on the sum of weighted cross-entropies does."""
+    def step(
+        self,
+        adapter: Path,
+        data: list,
+        *,
+        lr: float,
+        clip: float,
+        make: Callable[..., torch.optim.Optimizer] = ADAMW,
+    ) -> Step:
+        """Return what one step of an optimizer on the sum of weighted cross-entropies does."""
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         trained = [each for each in model.parameters() if each.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=lr, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0
-        )
+        optimizer = make(trained, lr=lr)
         before, loss = self._pass(model, data)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip or math.inf)
         optimizer.step()
         with torch.no_grad():
             after, _ = self._pass(model, data)

@@ -321,6 +321,7 @@ def test_telemetry_needs_no_torch_and_imports_nothing_unless_it_is_asked_for():
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_driver_with_two_ranks_is_seen_in_all_three_ways(monkeypatch):
     import megatrain
     from megatrain.api.session import current_remote

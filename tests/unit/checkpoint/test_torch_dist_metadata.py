@@ -31,6 +31,7 @@ def test_what_torch_wrote_is_read_as_torch_reads_it(saved):
     assert (entry.size, entry.properties.dtype) == ((3, 4), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_what_megatron_wrote_is_read(tmp_path):
     folder = tmp_path / "megatron"
     script = Path(__file__).with_name("save_torch_dist.py")

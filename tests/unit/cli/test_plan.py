@@ -112,6 +112,7 @@ def test_plain_lines_where_the_output_is_no_terminal(capsys):
     assert lines[-1] == "megatrain train CONFIG.toml --nproc 8"
 
 
+@pytest.mark.slow
 def test_the_sections_are_toml_that_name_the_best_mesh():
     config = command.load_config("qwen3-30b-a3b")
     best = candidates(config, Training(), Cluster("h100", 64, 8, 80e9))[0]

@@ -142,6 +142,7 @@ def run_script(folder: Path, seed: int = 0) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_code_that_a_step_calls_counts_and_the_order_of_sets_does_not(tmp_path: Path) -> None:
     write_steps(tmp_path)
     keep, keep_class, step, step_class = first = run_script(tmp_path)

@@ -207,6 +207,7 @@ CASES = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize(("family", "modules"), CASES.values(), ids=CASES.keys())
+@pytest.mark.slow
 def test_a_written_adapter_is_a_manual_merge_in_peft_and_reads_back(
     family, modules, options, tmp_path
 ):

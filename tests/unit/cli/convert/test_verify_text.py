@@ -96,6 +96,7 @@ def test_random_tokens_are_the_same_every_time(model):
     assert max(d["input_ids"].max() for d in one) < 512
 
 
+@pytest.mark.slow
 def test_the_largest_difference_of_two_checkpoints_is_that_of_transformers(
     model, text, tmp_path, compare
 ):
@@ -116,6 +117,7 @@ def test_the_largest_difference_of_two_checkpoints_is_that_of_transformers(
     assert told["num_tokens"] == len(ids) - 1
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_is_what_base_and_adapter_are(model, text, tmp_path, compare):
     peft = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=["q_proj"])

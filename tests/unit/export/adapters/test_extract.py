@@ -30,6 +30,7 @@ FOUND = {name: case for name, case in CASES.items() if name != "experts and rout
 
 
 @pytest.mark.parametrize(("family", "options"), FOUND.values(), ids=FOUND.keys())
+@pytest.mark.slow
 def test_what_peft_merged_is_found_again(family, options, checkpoints, tmp_path):
     folder = checkpoints(family)
     model = peft_adapter(folder, tmp_path / "peft", options)
@@ -80,6 +81,7 @@ def changed(folder, path, *changes):
         ("qwen3_moe", "model.layers.1.mlp.gate.weight"),
     ],
 )
+@pytest.mark.slow
 def test_a_single_expert_or_router_that_changed_is_held(family, name, checkpoints, tmp_path):
     folder = checkpoints(family)
     tuned = changed(folder, tmp_path / "tuned", name)

@@ -34,6 +34,7 @@ from tests.unit.export.adapters.made import (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("family", "options"), CASES.values(), ids=CASES.keys())
+@pytest.mark.slow
 def test_an_imported_adapter_is_exported_byte_for_byte(
     family, options, dtype, checkpoints, tmp_path
 ):

@@ -38,6 +38,7 @@ def run(base, adapter, out, **options):
 
 
 @pytest.mark.parametrize(("family", "options"), CASES.values(), ids=CASES.keys())
+@pytest.mark.slow
 def test_a_float32_merge_is_pefts_within_one_ulp(family, options, checkpoints, tmp_path):
     folder = checkpoints(family)
     model = peft_adapter(folder, tmp_path / "peft", options)
@@ -51,6 +52,7 @@ def test_a_float32_merge_is_pefts_within_one_ulp(family, options, checkpoints, t
 
 
 @pytest.mark.parametrize("case", ["dense", "fused experts", "gpt-oss", "embedding and head"])
+@pytest.mark.slow
 def test_a_bf16_merge_is_float32_arithmetic_rounded_once(case, checkpoints, tmp_path):
     family, options = CASES[case]
     folder = checkpoints(family)
@@ -143,6 +145,7 @@ module.merge(plan, out, progress)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_merge_goes_on_and_gives_the_same_bytes(checkpoints, tmp_path):
     base = sharded(checkpoints("qwen3"), tmp_path / "base")
     peft_adapter(base, tmp_path / "peft", DENSE)
@@ -157,6 +160,7 @@ def test_a_killed_merge_goes_on_and_gives_the_same_bytes(checkpoints, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_killed_merge_needs_room_for_what_is_missing_only(checkpoints, tmp_path, monkeypatch):
     base = sharded(checkpoints("qwen3"), tmp_path / "base")
     peft_adapter(base, tmp_path / "peft", DENSE)
@@ -182,6 +186,7 @@ def test_a_result_that_is_found_wrong_gets_no_name(checkpoints, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
 
+@pytest.mark.slow
 def test_what_was_begun_with_another_adapter_is_not_gone_on_with(checkpoints, tmp_path):
     base = sharded(checkpoints("qwen3"), tmp_path / "base")
     peft_adapter(base, tmp_path / "peft", DENSE)
@@ -294,6 +299,7 @@ def test_bytes_that_changed_after_the_merge_are_found(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+@pytest.mark.slow
 def test_a_quantised_base_is_dequantised_and_says_so_no_more(kind, checkpoints, tmp_path):
     """The merge is that of the plain base, which has the dtype its configuration names."""
     if kind == "fp8":

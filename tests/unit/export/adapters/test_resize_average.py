@@ -44,6 +44,7 @@ def relative(ours, theirs):
 
 @pytest.mark.parametrize("rank", [3, 16])
 @pytest.mark.parametrize(("family", "options"), CASES.values(), ids=CASES.keys())
+@pytest.mark.slow
 def test_a_resized_adapter_is_as_far_away_as_it_says(family, options, rank, checkpoints, tmp_path):
     folder = checkpoints(family)
     theirs = peft_adapter(folder, tmp_path / "peft", options)

@@ -49,6 +49,7 @@ def exported(tmp_path, family):
     ],
     ids=["dense", "heads", "fused", "stacked-in-peft", "gpt-oss"],
 )
+@pytest.mark.slow
 def test_peft_computes_the_same_with_one_rank_and_scale_one(
     family, options, targets, experts, max_rank, checkpoints, tmp_path
 ):

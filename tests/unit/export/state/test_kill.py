@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatrain.checkpoint.safetensors_folder import SafetensorsFolder
@@ -15,6 +16,7 @@ SCRIPT = Path(__file__).with_name("kill_tasks.py")
 ROOT = Path(__file__).parents[4]
 
 
+@pytest.mark.slow
 def test_whenever_it_is_killed_the_last_complete_checkpoint_loads(tmp_path):
     rng = random.Random(0)
     for attempt in range(2):

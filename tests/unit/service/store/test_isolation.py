@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from megatrain.service.store import checkpoints, points, requests, runs, samplers, sessions, usage
-from megatrain.service.store.records import AuditEntry
+from megatrain.service.store.records import AuditEntry, Point
 from megatrain.service.store.store import Store
 from tests.unit.service.store import rows
 
@@ -28,6 +28,7 @@ QUERIES: dict[str, Callable[[str], Query]] = {
     "checkpoints.get": lambda project: checkpoints.get(project, PATH),
     "checkpoints.readable": lambda project: checkpoints.readable(project, PATH),
     "checkpoints.list_page": lambda project: checkpoints.list_page(project, run="r-theirs"),
+    "points.last_losses": lambda project: points.last_losses(project, ["r-theirs"]),
     "usage.tokens_of": lambda project: usage.tokens_of(project, "day"),
     "usage.audit_page": lambda project: usage.audit_page(project, 10, 0),
 }
@@ -42,6 +43,7 @@ async def filled(url: str) -> Store:
         sessions.add(rows.session("s-theirs", "theirs")),
         runs.add(rows.run("r-theirs", "theirs", session_id="s-theirs")),
         checkpoints.put(rows.checkpoint(PATH, "theirs", run_id="r-theirs")),
+        points.add([Point("r-theirs", 0, 1.0, "loss", 2.5)]),
         samplers.add(rows.sampler("m-theirs", "theirs", "s-theirs")),
         usage.count("day", "theirs", 2, "tokens", 7),
         usage.audit(entry),
