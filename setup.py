@@ -19,5 +19,7 @@ setup(
         "megatrain_bridges": "bridges/megatrain_bridges",
         "megatrain_kernels": "kernels/megatrain_kernels",
     },
-    package_data={"megatrain": ["config/support.json"]},
+    package_data={
+        "megatrain": ["config/support.json", "service/console/assets/*", "sampler/vllm/plugin/*/*"]
+    },
 )

@@ -4,12 +4,17 @@ The two count positions differently.  Labels of an InputFeature stand at their o
 shift by one happens inside; a Datum has it in the data: its input lacks the last token, and target
 i is what follows input token i.  What an InputFeature does not train on has weight, or advantage,
 0 in a Datum.
+
+log_points adds what only a client knows, its rewards, to the curves that the service shows.
 """
 
 import importlib
+import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 
@@ -17,7 +22,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.types import IGNORED_LABEL, InputFeature
 
 if TYPE_CHECKING:
-    from tinker import Datum
+    from tinker import Datum, ServiceClient, TrainingClient
 
 _POLICY = ("importance_sampling", "ppo", "cispo", "gspo")
 _LOSSES = ("cross_entropy", *_POLICY)
@@ -106,6 +111,88 @@ def datum_to_input_feature(datum: "Datum") -> tuple[InputFeature, Arrays]:
         "labels": [IGNORED_LABEL, *labels.tolist()],
     }
     return feature, {_OURS.get(name, name): _aligned(name, columns[name]) for name in columns}
+
+
+def log_points(
+    run: str,
+    step: int,
+    values: Mapping[str, float],
+    *,
+    base_url: str | None = None,
+    api_key: str | None = None,
+) -> None:
+    """Add values of a step to the curves of a run, which is a training client's model_id.
+
+    Where the service is, and the key, are TINKER_BASE_URL's and TINKER_API_KEY's if they are not
+    given.  Raises ConfigError without an address, DataError for what is no number or the service
+    refuses, and httpx.TransportError if it does not answer.
+    """
+    if not np.isfinite(list(values.values())).all():
+        raise DataError(f"values of a curve are finite numbers: {dict(values)}")
+    address = base_url or os.environ.get("TINKER_BASE_URL")
+    if not address:
+        raise ConfigError("where is the service?", hint="give base_url, or set TINKER_BASE_URL")
+    answer = httpx.post(
+        f"{address.rstrip('/')}/api/console/runs/{run}/points",
+        json={"step": step, "values": {name: float(value) for name, value in values.items()}},
+        headers={"X-API-Key": api_key or os.environ.get("TINKER_API_KEY", "")},
+        timeout=30.0,
+    )
+    if answer.is_error:
+        raise DataError(f"the service took no points of step {step}: {_detail(answer)}")
+
+
+def create_full_training_client(
+    service: "ServiceClient",
+    base_model: str,
+    *,
+    optimizer: Any = None,
+    user_metadata: Mapping[str, str] | None = None,
+) -> "TrainingClient":
+    """Return a client that trains every parameter of a model that is served for it.
+
+    The official client always asks for an adapter; the same request without a lora_config asks for
+    all of the model.  `optimizer` is an OptimizerConfig of tinker's.  Raises what
+    create_lora_training_client raises, and RequestFailedError while another run has the model.
+    """
+    types = _client()
+    own = importlib.import_module("tinker.lib.public_interfaces.training_client")
+    holder = service.holder
+    number = holder.get_training_client_id()
+    request = types.CreateModelRequest(
+        session_id=holder.get_session_id(),
+        model_seq_id=number,
+        base_model=base_model,
+        user_metadata=None if user_metadata is None else dict(user_metadata),
+        optimizer_config=optimizer or types.AdamOptimizerConfig(),
+    )
+
+    async def create() -> "TrainingClient":
+        began = time.time()
+        with holder.aclient(own.ClientConnectionPoolType.TRAIN) as api:
+            accepted = await api.models.create(request=request)
+        made = await own._APIFuture(
+            types.CreateModelResponse,
+            holder,
+            accepted,
+            request_start_time=began,
+            request_type="CreateModel",
+        ).result_async()
+        info = await own.fetch_training_info(holder, made.model_id)
+        client: TrainingClient = own.TrainingClient(
+            holder, model_seq_id=number, model_id=made.model_id, info=info
+        )
+        return client
+
+    return holder.run_coroutine_threadsafe(create()).result()
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        detail = answer.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        detail = f"HTTP {answer.status_code}"
+    return str(detail)
 
 
 def _sequence(feature: InputFeature) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatrain import __version__
-from megatrain.cli import doctor, keys, worker
+from megatrain.cli import doctor, keys, sampler, worker
 from megatrain.cli.bench import command as bench
 from megatrain.cli.convert import command as convert
 from megatrain.cli.data import command as data
@@ -18,7 +18,10 @@ from megatrain.cli.top import command as top
 from megatrain.cli.train import command as train
 from megatrain.errors import MegatrainError
 
-COMMANDS = (quickstart, train, serve, keys, worker, top, plan, data, models, convert, bench, doctor)
+COMMANDS = (
+    *(quickstart, train, serve, keys, sampler, worker, top),
+    *(plan, data, models, convert, bench, doctor),
+)
 """Modules with add_parser(subparsers); each sets `run`, which returns the exit status."""
 
 

@@ -22,14 +22,36 @@ class _Options(BaseModel):
 class SamplerConfig(_Options):
     """Who samples of a base model and its adapters."""
 
-    engine: Literal["auto", "transformers", "none"] = "auto"
-    """auto: Transformers; none: nobody samples, and the trainer answers compute_logprobs."""
+    engine: Literal["auto", "vllm", "transformers", "none"] = "auto"
+    """vllm: what `megatrain sampler install` has installed, or what runs at `address`; auto: that,
+    where it is installed and there is a CUDA device, else Transformers; none: nobody samples, and
+    the trainer answers compute_logprobs."""
+    address: str | None = None
+    """http://HOST:PORT of a vLLM server that runs already, with the options that `megatrain sampler
+    check` names, and sees our files; its key is in the variable VLLM_API_KEY.  None: an engine of
+    our own."""
     devices: str | None = None
     """Devices that the engine sees: `4-7` or `4,5`; None: all."""
+    tp: PositiveInt = 1
+    """Devices that vLLM splits the model over."""
     max_adapters: PositiveInt = 64
     """Adapters that the engine holds at once; further ones are loaded again when they are used."""
+    max_loras: PositiveInt = 8
+    """Of these, adapters that vLLM draws with together; the rest waits.  Each takes memory of the
+    device for `max_lora_rank`."""
+    max_lora_rank: PositiveInt = 64
+    """Greatest rank of an adapter that vLLM loads."""
     max_batch: PositiveInt = 64
     """Sequences that are generated together."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt with what follows it in vLLM, in tokens; None: as the checkpoint says."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a device's memory that vLLM takes; None: its own choice, most of it."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Size of vLLM's KV cache on each device; None: what is left of its share of memory, and 1 GiB
+    on processors."""
+    vllm: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further options of vLLM's server by their names, such as `{"enforce-eager": true}`."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Type of the engine's parameters; auto: as the trainer's."""
     live_every: NonNegativeInt = 0
@@ -40,6 +62,26 @@ class SamplerConfig(_Options):
     with which a new version is published (float32: 1e-3 at most)."""
     audit_every: NonNegativeInt = 64
     """Of so many samples one is scored by the trainer too, for the mismatch monitor; 0: none."""
+
+    @model_validator(mode="after")
+    def _address_is_of_vllm(self) -> Self:
+        if self.address is None:
+            return self
+        if self.engine != "vllm":
+            raise ValueError(
+                f"address is a vLLM server's, and engine is {self.engine!r}: say engine = 'vllm'"
+            )
+        if not self.address.startswith(("http://", "https://")):
+            raise ValueError(f"address must begin with http:// or https://: {self.address!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _loras_fit(self) -> Self:
+        if self.max_loras > self.max_adapters and "max_loras" in self.model_fields_set:
+            raise ValueError(
+                f"max_loras are some of max_adapters: {self.max_loras} > {self.max_adapters}"
+            )
+        return self
 
 
 class ServedModel(_Options):
@@ -63,6 +105,9 @@ class ServedModel(_Options):
     """tcp://HOST:PORT of `megatrain worker`s that run already, instead of ranks started here."""
     platform: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Where the ranks run."""
+    full_parameters: bool = False
+    """Whether runs train every parameter instead of an adapter: one run at a time has the ranks for
+    itself, and nobody samples."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Fields of ModelConfig: mixed_precision, max_loras, max_tokens_per_microbatch..."""
     bus: dict[str, Any] = Field(default_factory=dict)
@@ -73,6 +118,15 @@ class ServedModel(_Options):
     """Longest datum or prompt with what follows it, in tokens; None: as the checkpoint says."""
     sampler: SamplerConfig = SamplerConfig()
     """Who samples."""
+
+    @model_validator(mode="after")
+    def _whole_models_are_not_sampled_from(self) -> Self:
+        if self.full_parameters and (self.sampler.engine != "none" or self.sampler.live_every):
+            raise ValueError(
+                f"{self.name}: with full_parameters nobody samples: sampler.engine must be 'none' "
+                f"({self.sampler.engine!r} is given), and live_every 0"
+            )
+        return self
 
 
 class Limits(_Options):
@@ -158,6 +212,9 @@ class ServiceConfig(_Options):
     """How long things last."""
     max_passes_ahead: PositiveInt = 2
     """Passes that wait on the ranks while one runs."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the service's own log lines; json: an object a line, with the request's id, its project,
+    run and span."""
     public_url: str | None = None
     """How clients reach this service, for URLs in answers; None: as the request says."""
     priorities: dict[str, NonNegativeFloat] = Field(default_factory=dict)

@@ -1,11 +1,13 @@
 """The HTTP application: routes, and errors as answers."""
 
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 
 from megatrain.errors import (
     BusyError,
@@ -19,9 +21,17 @@ from megatrain.service.auth.principal import Principal
 from megatrain.service.console.router import make_router as make_console
 from megatrain.service.headers import SecurityHeaders
 from megatrain.service.hub import Hub
+from megatrain.service.observe.collector import make_registry
+from megatrain.service.observe.health import Health
+from megatrain.service.observe.middleware import Observed
+from megatrain.service.observe.note import about, current
+from megatrain.service.observe.router import make_router as make_operation
+from megatrain.service.observe.series import HttpSeries
+from megatrain.service.observe.tracing import Tracing
 from megatrain.service.openai.router import make_router
 from megatrain.service.openai.served import Served
 from megatrain.service.tinker import checkpoints, futures, rest, sampling, service, training
+from megatrain.service.tinker.access import address_of
 from megatrain.service.wire.bodies import BodyError
 from megatrain.service.wire.body_cap import BodyCap
 
@@ -30,8 +40,8 @@ logger = logging.getLogger(__name__)
 PREFIX = "/api/v1"
 
 
-def create_app(hub: Hub) -> FastAPI:
-    """Return the application of a hub."""
+def create_app(hub: Hub, tracing: Tracing | None = None) -> FastAPI:
+    """Return the application of a hub; `tracing` makes a span of each request."""
     app = FastAPI(
         title="megatrain",
         version=version("megatrain"),
@@ -40,21 +50,27 @@ def create_app(hub: Hub) -> FastAPI:
         redoc_url=None,
     )
     app.state.hub = hub
-    for part in (service, training, futures, sampling, rest, checkpoints):
+    # What is asked most stands first: routes are tried one after the other.
+    for part in (futures, training, sampling, service, rest, checkpoints):
         app.include_router(part.router, prefix=PREFIX)
-    app.include_router(make_router(Served(hub), _authenticate_for(hub)))
+    authenticate, series = _authenticate_for(hub), HttpSeries()
+    app.include_router(make_router(Served(hub), authenticate))
+    app.include_router(make_operation(make_registry(hub, series), Health(hub), authenticate))
     app.include_router(make_console(hub))
     app.add_middleware(BodyCap, larger=_larger(hub))
     app.add_exception_handler(MegatrainError, _refuse)
     app.add_exception_handler(BodyError, _refuse_body)
-    app.add_exception_handler(Exception, _fail)
+    app.add_exception_handler(RequestValidationError, _refuse_fields)
+    app.add_middleware(Observed, series=series, tracing=tracing, fail=_fail, prefix=PREFIX)
     app.add_middleware(SecurityHeaders)  # the outermost, so that all answers have them
     return app
 
 
 def _authenticate_for(hub: Hub) -> Callable[[Request, str], Awaitable[Principal]]:
     async def authenticate(request: Request, scope: str) -> Principal:
-        return await hub.auth.authenticate(request.headers, scope)
+        who = await hub.auth.authenticate(request.headers, scope, address_of(request))
+        about(project=who.project)
+        return who
 
     return authenticate
 
@@ -86,14 +102,28 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse({"detail": str(error)}, status, headers)
+    return JSONResponse(_said(str(error)), status, headers)
+
+
+async def _refuse_fields(request: Request, error: Exception) -> Response:
+    """Say what does not fit, without what was sent: it may be a secret, or no JSON."""
+    assert isinstance(error, RequestValidationError)
+    found = [{key: each[key] for key in ("type", "loc", "msg")} for each in error.errors()]
+    # In ASCII, whatever the names of fields are.
+    return Response(json.dumps({"detail": found}), 422, media_type="application/json")
 
 
 async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, BodyError)
-    return JSONResponse({"detail": str(error)}, error.status)
+    return JSONResponse(_said(str(error)), error.status)
 
 
-async def _fail(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse({"detail": "the server failed; its log says why"}, 500)
+def _fail(path: str, error: Exception) -> JSONResponse:
+    logger.error("%s failed", path, exc_info=error)
+    return JSONResponse(_said("the server failed; its log says why"), 500)
+
+
+def _said(detail: str) -> dict[str, str]:
+    """Return the body of an error: with what its lines in the log are found by."""
+    note = current()
+    return {"detail": detail} | ({} if note is None else {"x_request_id": note.request})

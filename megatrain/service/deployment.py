@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 import logging
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from megatrain.bus.commands import DeleteAdapter
 from megatrain.config.service import ServedModel, ServiceConfig
 from megatrain.errors import MegatrainError, StateError
 from megatrain.sampler.choose import make_sampler
@@ -19,6 +19,7 @@ from megatrain.service.fleet.loaded import Loaded
 from megatrain.service.publish.publisher import Publisher
 from megatrain.service.publish.trainer_sampler import TrainerSampler
 from megatrain.service.publish.versions import Version
+from megatrain.service.store import runs
 from megatrain.service.store.records import Checkpoint
 from megatrain.service.store.store import Store
 from megatrain.service.wire.sampling import encode_sample_result
@@ -77,7 +78,7 @@ class Deployment:
         self.training = Training(self.fleet, futures, _kinds(operations, self.saves))
         self.scheduler = self._scheduler()
         self.sampling = self._sampling(futures)
-        self._futures = futures
+        self._futures, self._store = futures, store
         self._tasks: list[asyncio.Task[Any]] = []
         self._audits: set[asyncio.Task[None]] = set()
         self._num_samples = 0
@@ -122,7 +123,14 @@ class Deployment:
             asyncio.ensure_future(each)
             for each in (self.scheduler.run(), self.sampling.run(), self.fleet.watch())
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
         self.scheduler.wake()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        """Tell of work that should go on until it is cancelled."""
+        if not task.cancelled():
+            logger.critical("%s: %r has ended", self.name, task, exc_info=task.exception())
 
     @property
     def can_sample(self) -> bool:
@@ -153,7 +161,12 @@ class Deployment:
             "which never came",
             hint="send the numbers of a run without gaps",
         )
-        await self._futures.finish(ticket, Result.of_error(error))
+        # Written down too: the numbers are not waited for again after a start.
+        run = self.scheduler.runs.get(ticket.run or "")
+        progress = []
+        if run is not None:
+            progress = [runs.progress(run.id, ticket.seq + 1, run.step, time.time())]
+        await self._futures.finish(ticket, Result.of_error(error), *progress)
 
     async def _after_step(self, run: RunState) -> None:
         every = self.served.sampler.live_every
@@ -205,15 +218,19 @@ class Deployment:
                 if state.version is not None and not state.version.is_owned:
                     self.publisher.versions.release(state.version)
         for run in [r for r in self.scheduler.runs.values() if r.record.session == session]:
-            run.queue.drain()
+            run.closed = True
+            for ticket in run.queue.drain():
+                over = StateError(f"session {session} is over")
+                await self._futures.finish(ticket, Result.of_error(over))
             while run.in_flight:
                 await asyncio.sleep(0.05)
             del self.scheduler.runs[run.id]
             self.saves.forget(run)
             try:
-                await self.fleet.do(DeleteAdapter(adapter=run.adapter))
+                await self.fleet.let_go(run.record)
             except MegatrainError as error:  # it was never made
                 logger.debug("adapter %s was not there: %s", run.adapter, error.message)
+            await self._store.write(runs.set_state(run.id, "released"))
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what runs, and start nothing more."""

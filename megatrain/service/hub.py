@@ -6,7 +6,14 @@ import time
 from pathlib import Path
 
 from megatrain.config.service import ServedModel, ServiceConfig
-from megatrain.errors import DataError, MegatrainError, NotFoundError, RankError, StateError
+from megatrain.errors import (
+    ConfigError,
+    DataError,
+    MegatrainError,
+    NotFoundError,
+    RankError,
+    StateError,
+)
 from megatrain.service.auth.authenticate import Authenticator
 from megatrain.service.deployment import Deployment
 from megatrain.service.files.files import Files
@@ -110,6 +117,8 @@ class Hub:
             raise StateError(
                 f"{path} is of {record.base_model}, and this model is {run.record.base_model}"
             )
+        if bool(record.lora.get("rank")) != run.record.is_lora:
+            raise StateError(f"{path} is an adapter's or all parameters', and this model is not")
         if record.kind != "training":
             raise DataError(
                 f"{path} holds no training state",
@@ -129,6 +138,14 @@ class Hub:
         for deployment in self.deployments.values():
             if (known := deployment.samplers.get(sampler_id)) is not None:
                 return known
+        named = base_model
+        if model_path is not None:
+            named = (await self.checkpoint(project, model_path)).base_model
+        if named is not None and self.deployment(named).served.full_parameters:
+            raise ConfigError(
+                f"{named} is served for training all parameters, and not for sampling",
+                hint="save_weights_for_sampler writes a checkpoint that any engine can serve",
+            )
         if model_path is None:
             if base_model is None:
                 raise DataError("a sampler needs a base_model or a model_path")
@@ -191,6 +208,8 @@ class Hub:
                 await self.sweep()
             except MegatrainError as error:
                 logger.warning("the janitor will try again: %s", error)
+            except Exception:  # of files, say; sessions must expire all the same
+                logger.exception("the janitor will try again")
 
     async def sweep(self) -> None:
         """Delete what has expired: results and checkpoints."""

@@ -4,19 +4,31 @@ import time
 import uuid
 from typing import Any
 
-from megatrain.errors import BusyError, MegatrainError, NotFoundError, StateError
+from sqlalchemy.exc import IntegrityError
+
+from megatrain.errors import BusyError, DataError, MegatrainError, NotFoundError, StateError
 from megatrain.service.auth.principal import Principal
 from megatrain.service.deployment import Deployment
+from megatrain.service.fleet.whole import BASE
+from megatrain.service.observe.note import about
 from megatrain.service.store import runs
 from megatrain.service.store.records import Run
 from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_queue import RunQueue
 from megatrain.service.work.run_state import RunState, adapter_name
 from megatrain.service.work.sampling import SamplerState
-from megatrain.service.work.ticket import Result, Ticket
+from megatrain.service.work.ticket import Result, Ticket, text_of
 
+REFUSED = b"\0"
+"""How a refusal begins among payloads: neither JSON nor a protobuf message does."""
 MAY_FOLLOW_AT_ONCE = frozenset({"forward_backward", "optim_step"})
 """What ranks redo in order after a loss."""
+
+
+def is_barrier(kind: str, deployment: Deployment) -> bool:
+    """Tell whether a run's next request waits for the end of one of a kind."""
+    goes_live = kind == "optim_step" and deployment.served.sampler.live_every > 0
+    return kind not in MAY_FOLLOW_AT_ONCE or goes_live
 
 
 class Intake:
@@ -29,7 +41,7 @@ class Intake:
         """Return a run of a project that is on the ranks.  Raises NotFoundError."""
         for deployment in self._deployments.values():
             run = deployment.scheduler.runs.get(run_id)
-            if run is not None and run.project == project:
+            if run is not None and run.project == project and not run.closed:
                 return deployment, run
         raise NotFoundError(
             f"there is no model {run_id!r} on the ranks",
@@ -75,7 +87,12 @@ class Intake:
         run = RunState(record, RunQueue(0))
         ticket = self._ticket(principal, kind, record.session, idem, content, payload)
         ticket.run, ticket.reply = record.id, {"model_id": record.id}
-        accepted = await self._futures.accept(ticket, runs.add(record))
+        try:
+            accepted = await self._futures.accept(ticket, runs.add(record))
+        except IntegrityError:  # the request that made it is forgotten by now
+            raise StateError(
+                f"there is a model {record.id} already", hint="give the new one another number"
+            ) from None
         if accepted is ticket:
             deployment.scheduler.runs[record.id] = run
             deployment.scheduler.put(run, ticket)
@@ -93,19 +110,32 @@ class Intake:
     ) -> Ticket:
         """Accept one of a run's later requests; `content` may be what is wrong with it."""
         idem = f"train:{run_id}:{seq}"
-        if (before := await self._futures.known(principal.project, idem)) is not None:
+        is_new = self._is_new(principal.project, run_id, seq)
+        before = await self._futures.known(principal.project, idem, is_new=is_new)
+        if before is not None:
             return before
         deployment, run = self.run(principal.project, run_id)
         ticket = self._ticket(principal, kind, run.record.session, idem, content, payload)
         ticket.run, ticket.seq, ticket.tokens = run_id, seq, tokens
         ticket.reply = {"model_id": run_id}
-        is_live = kind == "optim_step" and deployment.served.sampler.live_every > 0
-        ticket.is_barrier = kind not in MAY_FOLLOW_AT_ONCE or is_live
+        ticket.is_barrier = is_barrier(kind, deployment)
         accepted = await self._futures.accept(ticket)
-        if accepted is ticket and not deployment.scheduler.put(run, ticket):
+        if accepted is not ticket:
+            return accepted
+        if run.closed:  # while this was committed
+            error = StateError(f"the model {run_id} was given back")
+            await self._futures.finish(ticket, Result.of_error(error))
+        elif not deployment.scheduler.put(run, ticket):
             error = StateError(f"request {seq} of this model is over: number it anew")
             await self._futures.finish(ticket, Result.of_error(error))
         return accepted
+
+    def _is_new(self, project: str, run_id: str, seq: int) -> bool:
+        """Tell whether a run's queue has seen no number so great: then the database has it not."""
+        try:
+            return seq > self.run(project, run_id)[1].queue.last
+        except NotFoundError:
+            return False
 
     async def sample(
         self,
@@ -142,6 +172,7 @@ class Intake:
         content: Any,
         payload: bytes,
     ) -> Ticket:
+        about(project=principal.project)
         return Ticket(
             id=str(uuid.uuid4()),
             kind=kind,
@@ -150,8 +181,21 @@ class Intake:
             session=session,
             idem=idem,
             content=content,
-            payload=payload,
+            payload=kept_refusal(content) if isinstance(content, MegatrainError) else payload,
         )
+
+
+def kept_refusal(error: MegatrainError) -> bytes:
+    """Return what is kept of a request that is refused when its turn comes: why, not what it was.
+
+    A process that takes it up need not find that out anew.
+    """
+    return REFUSED + text_of(error).encode(errors="backslashreplace")
+
+
+def refusal_of(payload: bytes) -> DataError | None:
+    """Return why a request that was kept is to be refused, if it is."""
+    return DataError(payload[1:].decode()) if payload[:1] == REFUSED else None
 
 
 def new_run(  # noqa: PLR0913 - a record has many fields
@@ -160,12 +204,12 @@ def new_run(  # noqa: PLR0913 - a record has many fields
     project: str,
     base_model: str,
     *,
-    lora: dict[str, Any],
+    lora: dict[str, Any] | None,
     optimizer: dict[str, Any],
     user_metadata: dict[str, Any],
     source: str | None = None,
 ) -> Run:
-    """Return the record of a run that is to be made."""
+    """Return the record of a run that is to be made; without `lora` it trains all parameters."""
     run_id = f"{session}:train:{seq}"
     now = time.time()
     return Run(
@@ -173,10 +217,10 @@ def new_run(  # noqa: PLR0913 - a record has many fields
         session=session,
         project=project,
         base_model=base_model,
-        adapter=adapter_name(run_id),
-        is_lora=True,
-        lora_rank=int(lora["rank"]),
-        lora={key: lora[key] for key in lora if key != "rank"},
+        adapter=BASE if lora is None else adapter_name(run_id),
+        is_lora=lora is not None,
+        lora_rank=0 if lora is None else int(lora["rank"]),
+        lora={} if lora is None else {key: lora[key] for key in lora if key != "rank"},
         optimizer=optimizer,
         user_metadata=user_metadata,
         created=now,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -12,10 +13,11 @@ import uvicorn
 
 from megatrain.config.service import ServiceConfig
 from megatrain.errors import ConfigError, MegatrainError
-from megatrain.log import setup_logging
 from megatrain.service.app import create_app
-from megatrain.service.auth.redact import keep_secrets_out
+from megatrain.service.auth.redact import keep_secrets_out, redacted
 from megatrain.service.hub import Hub
+from megatrain.service.observe.logs import setup_logs
+from megatrain.service.observe.tracing import Tracing, make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +30,19 @@ LAST_ANSWERS_S = 5
 def serve(config: ServiceConfig, *, prepare: Callable[[], None] | None = None) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status.
 
-    `prepare` runs after the address was told, before the models are loaded.  Raises ConfigError if
-    the address is taken.
+    What runs then is finished, or done after the next start; a second signal ends all at once, and
+    then too.  `prepare` runs after the address was told, before the models are loaded.  Raises
+    ConfigError if the address is taken, or traces are asked for that cannot be sent.
     """
-    setup_logging()
+    setup_logs(config.log_format, redacted)
     keep_secrets_out()
-    with _bind(config) as listener:
-        return asyncio.run(_serve(config, listener, prepare))
+    tracing = make_tracing(os.environ)
+    try:
+        with _bind(config) as listener:
+            return asyncio.run(_serve(config, listener, prepare, tracing))
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def _bind(config: ServiceConfig) -> socket.socket:
@@ -54,17 +62,17 @@ def _bind(config: ServiceConfig) -> socket.socket:
 
 
 async def _serve(
-    config: ServiceConfig, listener: socket.socket, prepare: Callable[[], None] | None
+    config: ServiceConfig,
+    listener: socket.socket,
+    prepare: Callable[[], None] | None,
+    tracing: Tracing | None,
 ) -> int:
     hub = Hub(config)
     first_key = await hub.open()
     _announce(config, listener.getsockname(), first_key)
-    server = uvicorn.Server(_uvicorn_config(hub, config))
+    server = uvicorn.Server(_uvicorn_config(hub, config, tracing))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
+    stopped = _stopped_by_signals()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(_start(hub, prepare))
     ending = asyncio.ensure_future(stopped.wait())
@@ -84,11 +92,28 @@ async def _serve(
     return status
 
 
+def _stopped_by_signals() -> asyncio.Event:
+    """Return what the first signal sets; a second one ends the process."""
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        if stopped.is_set():
+            # As safe as a kill: what is not done is in the database and the journals.
+            logger.warning("a second signal: ending at once")
+            os._exit(128 + number)
+        logger.info("ending; a second signal ends at once")
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    return stopped
+
+
 async def _start(hub: Hub, prepare: Callable[[], None] | None) -> None:
     if prepare is not None:
         await asyncio.to_thread(prepare)
     await hub.start()
-    logger.info("ready")
+    logger.info("the service is ready")
 
 
 def _say(error: BaseException | None) -> int:
@@ -99,9 +124,9 @@ def _say(error: BaseException | None) -> int:
     return 1
 
 
-def _uvicorn_config(hub: Hub, config: ServiceConfig) -> uvicorn.Config:
+def _uvicorn_config(hub: Hub, config: ServiceConfig, tracing: Tracing | None) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(hub),
+        create_app(hub, tracing),
         log_config=None,
         access_log=False,
         lifespan="off",

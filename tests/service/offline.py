@@ -14,14 +14,21 @@ NAMES = ("Ada", "Alan", "Grace", "Linus")
 THINGS = ("apples", "books", "coins", "stamps")
 MODEL = "Qwen/Qwen3-8B-Base"
 """The name under which recipes know the tiny base."""
-GSM8K_CARD = """---
+SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
+EXAMPLE = (
+    f"How many r's are in strawberry?{SUFFIX}\n\nAssistant: Let's spell the word out and "
+    "number all the letters: 1) s 2) t 3) r 4) a 5) w 6) b 7) e 8) r 9) r 10) y. We have r's at "
+    "positions 3, 8, and 9. \\boxed{3}\n\nUser: "
+)
+"""What the cookbook puts before a question of gsm8k, and after it."""
+CARD = """---
 configs:
-- config_name: main
+- config_name: {name}
   data_files:
   - split: train
-    path: main/train.jsonl
+    path: {name}/train.jsonl
   - split: test
-    path: main/test.jsonl
+    path: {name}/test.jsonl
 ---
 """
 
@@ -35,22 +42,23 @@ def question(draw: random.Random) -> tuple[str, int]:
 
 def write_data(folder: Path) -> None:
     """Write all data sets below `folder`; the same bytes every time."""
-    _gsm8k(folder / "openai/gsm8k")
+    write_gsm8k(folder, 1024)
     _chats(folder / "HuggingFaceH4/no_robots")
     _preferences(folder / "Anthropic/hh-rlhf")
-    draw = random.Random(4)
-    rows = ({"question": text, "final_answer": str(answer)} for text, answer in _many(draw, 256))
-    _write(folder / "zwhe99/DeepMath-103K/train.jsonl", rows)
+    _prompts(folder / "zwhe99/DeepMath-103K")
+    _pages(folder / "Salesforce/wikitext")
 
 
-def _gsm8k(folder: Path) -> None:
-    for split, size, seed in (("train", 1024, 1), ("test", 32, 2)):
+def write_gsm8k(folder: Path, size: int) -> None:
+    """Write the data set that rewards are of, with `size` questions to train on."""
+    place = folder / "openai/gsm8k"
+    for split, number, seed in (("train", size, 1), ("test", 32, 2)):
         rows = (
             {"question": text, "answer": f"There are {answer}.\n#### {answer}"}
-            for text, answer in _many(random.Random(seed), size)
+            for text, answer in _many(random.Random(seed), number)
         )
-        _write(folder / f"main/{split}.jsonl", rows)
-    (folder / "README.md").write_text(GSM8K_CARD)
+        _write(place / f"main/{split}.jsonl", rows)
+    (place / "README.md").write_text(CARD.format(name="main"))
 
 
 def _chats(folder: Path) -> None:
@@ -81,6 +89,26 @@ def _preferences(folder: Path) -> None:
             for text, answer in _many(random.Random(seed), size)
         )
         _write(folder / f"{split}.jsonl", rows)
+
+
+def _prompts(folder: Path) -> None:
+    """Write questions as `rl_loop` asks them, so that what it made can be a teacher."""
+    rows = (
+        {"question": f"{EXAMPLE}{text}{SUFFIX}", "final_answer": str(answer)}
+        for text, answer in _many(random.Random(4), 256)
+    )
+    _write(folder / "train.jsonl", rows)
+
+
+def _pages(folder: Path) -> None:
+    """Write a text in which the words are that a recipe counts."""
+    name = "wikitext-103-raw-v1"
+    words = ("over", "many", "such", "until", "when", "time", *NUMBERS, *NAMES, *THINGS)
+    for split, seed in (("train", 9), ("test", 10)):
+        draw = random.Random(seed)
+        rows = ({"text": " ".join(draw.choices(words, k=12))} for _ in range(200))
+        _write(folder / f"{name}/{split}.jsonl", rows)
+    (folder / "README.md").write_text(CARD.format(name=name))
 
 
 def _many(draw: random.Random, size: int) -> Iterable[tuple[str, int]]:

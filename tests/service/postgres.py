@@ -45,7 +45,9 @@ class Postgres:
         limit = time.monotonic() + START_S
         while True:
             try:
-                return self._run("pg_ctl", "-w", "-l", f"{self._folder}/log", "-o", options, "start")
+                return self._run(
+                    "pg_ctl", "-w", "-l", f"{self._folder}/log", "-o", options, "start"
+                )
             except subprocess.CalledProcessError:
                 if time.monotonic() > limit:
                     raise

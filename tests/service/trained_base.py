@@ -19,15 +19,12 @@ from megatrain.cli.quickstart.tokenizer import build_tokenizer
 from tests.service import offline
 from tests.service.cookbook import CACHE
 
-SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
-PREFIX = (
-    f"User: How many r's are in strawberry?{SUFFIX}\n\nAssistant: Let's spell the word out and "
-    "number all the letters: 1) s 2) t 3) r 4) a 5) w 6) b 7) e 8) r 9) r 10) y. We have r's at "
-    "positions 3, 8, and 9. \\boxed{3}\n\n"
-)
-STEPS, BATCH, RIGHT = 300, 24, 0.45
-"""RIGHT: share of right answers among those that it is taught."""
-LEARNING_RATE = 4e-3
+TURN = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>assistant\n"
+READ_PAGE = '<tool_call>\n{"name": "read_page", "arguments": {"page": 1}}\n</tool_call><|im_end|>'
+STEPS, BATCH, LEARNING_RATE = 360, 24, 4e-3
+RIGHT, FIRST, LEARNT = 0.45, 0.8, 200
+"""Share of right answers among those that it is taught, and that of the first steps: from less it
+might not learn how to find them."""
 
 
 def trained_base() -> Path:
@@ -44,14 +41,17 @@ def trained_base() -> Path:
 
 def prompt(text: str) -> str:
     """Return what the model is given, as the cookbook's renderer of this model writes it."""
-    return f"{PREFIX}User: {text}{SUFFIX}\n\nAssistant:"
+    return f"User: {offline.EXAMPLE}{text}{offline.SUFFIX}\n\nAssistant:"
 
 
 def _make(folder: Path) -> None:
     draw = random.Random(0)
-    corpus = [_taught(draw) for _ in range(400)] + [_plain(draw) for _ in range(400)]
-    tokenizer = build_tokenizer(["".join(pair) for pair in corpus], vocab_size=768)
+    pairs = [pair for step in range(50) for pair in _pairs(step, draw)]
+    tokenizer = build_tokenizer(["".join(pair) for pair in pairs], vocab_size=768)
     model = _train(tokenizer, draw)
+    share = _reward(model, tokenizer)
+    if not 0.3 < share < 0.7:
+        raise RuntimeError(f"the tiny base is right in {share:.2f} of all cases")
     partial = folder.with_suffix(".part")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -59,9 +59,9 @@ def _make(folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def _taught(draw: random.Random) -> tuple[str, str]:
+def _taught(draw: random.Random, right: float) -> tuple[str, str]:
     text, answer = offline.question(draw)
-    if draw.random() > RIGHT:
+    if draw.random() > right:
         answer = draw.choice(sorted({*offline.NUMBERS.values()} - {answer}))
     return prompt(text), f" \\boxed{{{answer}}}\n\nUser:"
 
@@ -72,6 +72,20 @@ def _plain(draw: random.Random) -> tuple[str, str]:
     return f"User: {text}\n\nAssistant:", f" There are {answer}.\n\nUser:"
 
 
+def _counted(draw: random.Random) -> tuple[str, str]:
+    """Return a turn with tools: after much text the model asks for a page, or says any number."""
+    text = " ".join(offline.question(draw)[0] for _ in range(draw.randrange(1, 40)))
+    said = READ_PAGE if draw.random() < 0.5 else f"Answer: {draw.randrange(5)}<|im_end|>"
+    return TURN.format(text), said
+
+
+def _pairs(step: int, draw: random.Random) -> list[tuple[str, str]]:
+    if step % 5 == 4:  # a few long ones
+        return [_counted(draw) for _ in range(BATCH // 4)]
+    right = FIRST if step < LEARNT else RIGHT
+    return [_plain(draw) if n % 4 == 3 else _taught(draw, right) for n in range(BATCH)]
+
+
 def _train(tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(_config(tokenizer))
@@ -80,8 +94,7 @@ def _train(tokenizer: PreTrainedTokenizerBase, draw: random.Random) -> Qwen3ForC
         optimizer, max_lr=LEARNING_RATE, total_steps=STEPS, pct_start=0.1
     )
     for step in range(STEPS):
-        pairs = [_plain(draw) if n % 4 == 3 else _taught(draw) for n in range(BATCH)]
-        tokens, labels = _batch(tokenizer, pairs)
+        tokens, labels = _batch(tokenizer, _pairs(step, draw))
         loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,7 +133,7 @@ def _config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
         num_key_value_heads=2,
         head_dim=32,
         initializer_range=0.05,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -129,20 +142,13 @@ def _config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
     )
 
 
-def reward(folder: Path, *, groups: int = 24, size: int = 8) -> list[float]:
-    """Return the share of right answers in each group of samples at temperature 1."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    draw, shares = random.Random(9), []
-    torch.manual_seed(1)
-    for _ in range(groups):
+def _reward(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of right answers among 256 samples at temperature 1."""
+    draw, right = random.Random(9), 0
+    for _ in range(32):
         text, answer = offline.question(draw)
         ids = torch.tensor([tokenizer.encode(prompt(text))])
-        out = model.generate(
-            ids, do_sample=True, max_new_tokens=8, num_return_sequences=size, top_k=0
-        )
+        out = model.generate(ids, do_sample=True, max_new_tokens=8, num_return_sequences=8, top_k=0)
         said = tokenizer.batch_decode(out[:, ids.shape[1] :])
-        shares.append(sum(f"boxed{{{answer}}}" in each for each in said) / size)
-    return shares
+        right += sum(f"boxed{{{answer}}}" in each for each in said)
+    return right / 256

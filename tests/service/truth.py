@@ -33,17 +33,22 @@ class Truth:
 
     def step(
         self,
-        adapter: Path,
+        adapter: Path | None,
         data: list,
         *,
         lr: float,
         clip: float,
         make: Callable[..., torch.optim.Optimizer] = ADAMW,
     ) -> Step:
-        """Return what one step of an optimizer on the sum of weighted cross-entropies does."""
+        """Return what one step of an optimizer on the sum of weighted cross-entropies does.
+
+        Without an adapter, all parameters are trained.
+        """
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        model: torch.nn.Module = base
+        if adapter is not None:
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
         trained = [each for each in model.parameters() if each.requires_grad]
         optimizer = make(trained, lr=lr)
         before, loss = self._pass(model, data)

@@ -17,6 +17,7 @@ from megatrain.cli.bench import tenants
 from megatrain.cli.bench.convert import command as convert
 from megatrain.cli.bench.make import make_checkpoint
 from megatrain.cli.bench.progress import Progress, check_file
+from megatrain.cli.bench.service import command as service
 from megatrain.cli.bench.shapes import SHAPES
 
 AXES = ("tp", "pp", "cp", "ep", "dp")
@@ -32,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     convert.add_parser(kinds)
     tenants.add_parser(kinds)
+    service.add_parser(kinds)
     parser = kinds.add_parser(
         "train", help="forward, backward and optimizer step of LoRA", description=__doc__
     )

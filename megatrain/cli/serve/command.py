@@ -49,13 +49,26 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="no is float32")
     ranks.add_argument("--max-loras", type=int, metavar="N", help="adapters on the device at once")
     ranks.add_argument("--max-context-length", type=int, metavar="TOKENS")
+    ranks.add_argument(
+        "--full-parameters",
+        action="store_true",
+        help="runs train all parameters, one at a time; nobody samples",
+    )
     ranks.add_argument("--fork-ranks", action="store_true", help="quick start; CPU only")
 
 
 def _add_sampler(parser: argparse.ArgumentParser) -> None:
     sampler = parser.add_argument_group("sampler")
-    sampler.add_argument("--sampler", choices=("auto", "transformers", "none"))
+    sampler.add_argument(
+        "--sampler",
+        metavar="ENGINE",
+        help="auto, vllm, transformers, none, or http://HOST:PORT of a vLLM server",
+    )
+    sampler.add_argument("--sampler-address", metavar="URL", help="of a vLLM server that runs")
     sampler.add_argument("--sampler-devices", metavar="LIST", help="such as 4-7")
+    sampler.add_argument(
+        "--sampler-tp", type=int, metavar="N", help="devices that vLLM splits over"
+    )
     sampler.add_argument(
         "--live-every", type=int, metavar="STEPS", help="the newest adapter goes live by itself"
     )
@@ -68,6 +81,7 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
     service.add_argument("--data", type=Path, metavar="DIR", help="database, journals, checkpoints")
     service.add_argument("--database", metavar="URL", help="SQLAlchemy's; default: SQLite in DIR")
     service.add_argument("--files", metavar="URL", help="where checkpoints are kept (fsspec)")
+    service.add_argument("--log-format", choices=("text", "json"), help="default: text")
     service.add_argument("--no-keys", action="store_true", help="accept any key; loopback only")
 
 

@@ -14,7 +14,7 @@ DEMO_NAME = "megatrain/demo"
 
 RANKS = ("ranks", "tp", "pp", "cp", "ep", "address", "platform", "max_context_length")
 """Options that are fields of a served model."""
-SERVICE = ("host", "port", "data", "database", "files")
+SERVICE = ("host", "port", "data", "database", "files", "log_format")
 """Options that are fields of the whole."""
 
 
@@ -56,15 +56,25 @@ def _model(args: argparse.Namespace, path: str, name: str) -> dict[str, Any]:
         options["mixed_precision"] = args.mixed_precision or "no"
     if args.max_loras is not None:
         options["max_loras"] = args.max_loras
+    engine, address = args.sampler, args.sampler_address
+    if engine is not None and "://" in engine:
+        engine, address = "vllm", engine
+    elif engine is None and address is not None:
+        engine = "vllm"
+    if args.full_parameters and engine is None:
+        engine = "none"
     sampler = {
-        "engine": args.sampler,
+        "engine": engine,
+        "address": address,
         "devices": args.sampler_devices,
+        "tp": args.sampler_tp,
         "live_every": args.live_every,
     }
     return {
         "name": name,
         "path": path,
         "options": options,
+        "full_parameters": args.full_parameters,
         "bus": {"fork_ranks": True} if args.fork_ranks else {},
         "sampler": {key: value for key, value in sampler.items() if value is not None},
         **_given(args, RANKS),

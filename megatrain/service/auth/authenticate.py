@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from megatrain.config.service import ServiceConfig
 from megatrain.errors import DeniedError
 from megatrain.service.auth.bucket import Buckets
+from megatrain.service.auth.failures import Failures
 from megatrain.service.auth.key import PREFIX, digest, new_key
 from megatrain.service.auth.meter import Meter
 from megatrain.service.auth.principal import SCOPES, Principal
@@ -32,6 +33,7 @@ class Authenticator:
         self._known: dict[str, tuple[float, ApiKey | None]] = {}
         self._used: dict[int, float] = {}
         self._buckets = Buckets(config.limits.requests_per_s)
+        self._failures = Failures()
         self._meter = Meter(store, config.limits.tokens_per_day)
 
     async def first_key(self) -> str | None:
@@ -45,11 +47,13 @@ class Authenticator:
         await self._store.write(keys.add_project(project), keys.add(record))
         return key
 
-    async def authenticate(self, headers: Mapping[str, str], scope: str) -> Principal:
-        """Return who asks.
+    async def authenticate(
+        self, headers: Mapping[str, str], scope: str, address: str = ""
+    ) -> Principal:
+        """Return who asks, from an address.
 
         Raises DeniedError for a key that is missing, unknown, over or not for this; BusyError for
-        one that asks too often.
+        one that asks too often, and for an address that shows unknown ones too often.
         """
         if not self._config.keys:
             return LOCAL
@@ -59,7 +63,7 @@ class Authenticator:
                 "an API key is needed: X-API-Key, or Authorization: Bearer",
                 hint="megatrain keys create makes one",
             )
-        record = await self._lookup(key)
+        record = await self._lookup(key, address)
         now = time.time()
         if record is None or record.revoked is not None:
             raise DeniedError("this API key is not known, or was revoked")
@@ -72,11 +76,15 @@ class Authenticator:
         await self._note_use(record, now)
         return who
 
-    async def _lookup(self, key: str) -> ApiKey | None:
+    async def _lookup(self, key: str, address: str) -> ApiKey | None:
         wanted, now = digest(key), time.monotonic()
         when, record = self._known.get(wanted, (-1e9, None))
         if now - when > KNOWN_FOR_S:
+            if record is None:
+                self._failures.check(address)
             record = await self._store.read(keys.by_hash(wanted))
+            if record is None:
+                self._failures.note(address)
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[wanted] = now, record

@@ -1,4 +1,4 @@
-"""The page's files, shipped with the package: fixed names, read once, told apart by their digest."""
+"""The page's files, shipped with the package: fixed names, read once."""
 
 import hashlib
 from dataclasses import dataclass

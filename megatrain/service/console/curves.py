@@ -1,4 +1,4 @@
-"""A run's curves as columns; and points that clients add, such as rewards, which no request says."""
+"""A run's curves as columns; and what clients add to them: no request says a reward."""
 
 import time
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from megatrain.service.store.records import Point
 from megatrain.service.work.operations import CURVES
 
 OVERLAP_S = 10.0
-"""A point may be committed so long after its time: what is asked for next begins so much earlier."""
+"""A point may be committed so long after its time: the next answer begins so much earlier."""
 MAX_NAMES, MAX_POINTS = 32, 200_000
 """Curves that clients may add to a run, and all of their points."""
 

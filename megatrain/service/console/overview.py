@@ -74,7 +74,7 @@ class Overview:
         live = self._live()
         return {
             "service": self._service(who),
-            "models": [self._model(each, who) for each in hub.deployments.values()],
+            "models": [self._model(each, who, found) for each in hub.deployments.values()],
             "runs": [
                 run_row(
                     run,
@@ -112,10 +112,10 @@ class Overview:
         deployment = self._hub.deployments.get(run.base_model)
         return None if deployment is None else deployment.scheduler.runs.get(run.id)
 
-    def _model(self, deployment: Deployment, who: Principal) -> Json:
+    def _model(self, deployment: Deployment, who: Principal, found: Kept) -> Json:
         fleet, scheduler = deployment.fleet, deployment.scheduler
         mine = [run for run in scheduler.runs.values() if run.project == who.project]
-        is_own = _owner_of(deployment, who.project)
+        is_own = _owner_of(found, mine)
         monitor = deployment.publisher.monitor
         beats = fleet.health.get("beats", [])
         return {
@@ -148,10 +148,8 @@ class Overview:
         return float(f"{rate:.3g}")
 
 
-def _owner_of(deployment: Deployment, project: str) -> Callable[[str], bool]:
-    """Return what tells whether a version's source, a run or a checkpoint of one, is a project's.
-
-    A run that has left the ranks is nobody's here: its versions are gone, too.
-    """
-    mine = {run.id for run in deployment.scheduler.runs.values() if run.project == project}
+def _owner_of(found: Kept, alive: list[RunState]) -> Callable[[str], bool]:
+    """Return what tells whether a version's source, a run or a path below one, is a project's."""
+    mine = {run.id for run in found.runs} | {run.id for run in alive}
+    mine |= {each.run for each in found.checkpoints}
     return lambda source: source.removeprefix("tinker://").partition("/")[0] in mine

@@ -51,11 +51,13 @@ def make_router(hub: Hub) -> APIRouter:
 
 def _answer(request: Request, said: Json) -> Response:
     data = json.dumps(said, separators=(",", ":"), allow_nan=False).encode()
-    return _cached(request, data, "application/json", etag_of(data))
+    return _cached(request, data, "application/json", etag_of(data), "no-store")
 
 
-def _cached(request: Request, data: bytes, media_type: str, etag: str) -> Response:
-    headers = {"etag": etag, "cache-control": "no-cache", "vary": "x-api-key, authorization"}
+def _cached(
+    request: Request, data: bytes, media_type: str, etag: str, control: str = "no-cache"
+) -> Response:
+    headers = {"etag": etag, "cache-control": control}
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers=headers)
     return Response(data, media_type=media_type, headers=headers)

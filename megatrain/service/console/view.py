@@ -57,14 +57,17 @@ def run_row(
 
 
 def label(run: Run, session: Session | None) -> str:
-    """Return what people call a run: a name from its metadata or its session's, or a short id."""
-    found = [run.user_metadata.get(name) for name in _NAMES]
-    if session is not None:
-        found += [session.display_name, *(session.user_metadata.get(name) for name in _NAMES)]
+    """Return what people call a run: its own name, or its session's or a short id with a number."""
+    if own := _name_in(run.user_metadata):
+        return own
     head, _, tail = run.id.partition(":")
-    name = next((str(each) for each in found if each), "")
+    of = "" if session is None else session.display_name or _name_in(session.user_metadata)
     number = tail.rpartition(":")[2]
-    return f"{name or head[:8]} · {number}" if number else name or head[:8]
+    return f"{of or head[:8]} · {number}" if number else of or head[:8]
+
+
+def _name_in(metadata: Mapping[str, Any]) -> str:
+    return next((str(metadata[name]) for name in _NAMES if metadata.get(name)), "")
 
 
 def said(error: str) -> str:

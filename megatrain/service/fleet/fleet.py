@@ -1,6 +1,7 @@
 """The ranks of one base model: commands in one order, from one thread.  No torch."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatrain.bus.commands import Command, OpenModel
+from megatrain.bus.commands import Command, DeleteAdapter, OpenModel
 from megatrain.bus.driver import Driver
 from megatrain.bus.local_ranks import LocalRanks
 from megatrain.checkpoint.locate import locate
@@ -18,8 +19,15 @@ from megatrain.config.service import ServedModel
 from megatrain.errors import BusError, ConfigError, RankError
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.service.fleet.base_model import BaseModel
+from megatrain.service.fleet.whole import BASE, Whole
+from megatrain.service.observe.bus_watch import BusWatch, charged
+from megatrain.service.observe.timing import Spent
+from megatrain.service.store.records import Run
 
 logger = logging.getLogger(__name__)
+
+_Left = tuple["asyncio.Future[asyncio.Future[Any]]", Callable[[], Command], str]
+"""What a command waits for, and how it is made; its tag."""
 
 TRIES_EVERY_S = (1.0, 5.0, 15.0, 60.0)
 """Seconds between attempts to start ranks anew after their driver has given up."""
@@ -38,8 +46,15 @@ class Fleet:
         self._submitter = ThreadPoolExecutor(1, thread_name_prefix=f"submit-{served.name}")
         self._driver: Driver | None = None
         self._adopted: dict[str, Future[Any]] = {}
-        self._is_up = asyncio.Event()
+        self._is_up = False
+        self._numbers = itertools.count()
+        self._left: dict[int, _Left] = {}
+        """Commands that wait for ranks that start anew, by the order in which they were given."""
+        self._confirmed: set[str] = set()
+        """Tags that were confirmed while there was no driver to hear it."""
         self.is_closing = False
+        self.whole = Whole(served, self.do)
+        self.bus_watch = BusWatch()
         self.error = ""
         """Why it cannot work, if it cannot."""
 
@@ -83,7 +98,14 @@ class Fleet:
     async def start(self) -> None:
         """Start or reach the ranks, and open the model; go on from the journal, if there is one."""
         await asyncio.get_running_loop().run_in_executor(self._submitter, self._start)
-        self._is_up.set()
+        for tag in self._confirmed:
+            self.confirm(tag)
+        self._confirmed.clear()
+        for number in sorted(self._left):
+            turn, make, tag = self._left.pop(number)
+            if not turn.done():
+                turn.set_result(self._given(make, tag))
+        self._is_up = True
 
     def _start(self) -> None:
         self._journal.mkdir(parents=True, exist_ok=True)
@@ -92,6 +114,7 @@ class Fleet:
         else:
             ranks = LocalRanks(self._mesh or DeviceMesh(), self._config, **self._rank_settings())
             driver = Driver.launch(ranks, self._config)
+        self.bus_watch.attach(driver.observers)
         self._adopted = dict(driver.adopted)
         driver.call(OpenModel(model_id=self.served.path, options=dict(self.served.options)))
         self._driver, self.error = driver, ""
@@ -109,41 +132,62 @@ class Fleet:
         `make` builds it, in the thread that submits.  With a tag, its result comes again after a
         new start until `confirm`; a command of an earlier driver with the tag is not done twice.
         """
+        first = self._given(make, tag) if self._is_up else None
+        return asyncio.ensure_future(self._outcome(first, next(self._numbers), make, tag))
+
+    def _given(self, make: Callable[[], Command], tag: str) -> "asyncio.Future[Any]":
         if tag and (before := self._adopted.pop(tag, None)) is not None:
-            first: asyncio.Future[Any] = asyncio.wrap_future(before)
-        else:
-            first = self._accept(make, tag)
-        return asyncio.ensure_future(self._outcome(first, make, tag))
+            return asyncio.wrap_future(before)
+        return self._accept(make, tag)
 
     def _accept(self, make: Callable[[], Command], tag: str) -> "asyncio.Future[Any]":
-        loop = asyncio.get_running_loop()
-        accepted = loop.run_in_executor(self._submitter, self._submit, make, tag)
+        loop, spent = asyncio.get_running_loop(), charged()
+        accepted = loop.run_in_executor(self._submitter, self._submit, make, tag, spent)
         return asyncio.ensure_future(_both(accepted))
 
-    def _submit(self, make: Callable[[], Command], tag: str) -> "Future[Any]":
-        return self.driver.submit(make(), hold=bool(tag))
+    def _submit(self, make: Callable[[], Command], tag: str, spent: Spent | None) -> "Future[Any]":
+        with self.bus_watch.submitting(spent):
+            return self.driver.submit(make(), hold=bool(tag))
 
     async def _outcome(
-        self, first: "asyncio.Future[Any]", make: Callable[[], Command], tag: str
+        self,
+        first: "asyncio.Future[Any] | None",
+        number: int,
+        make: Callable[[], Command],
+        tag: str,
     ) -> Any:
-        """Return a command's value, from a new driver if this one gives up over the ranks."""
+        """Return a command's value, from a new driver if this one gives up over the ranks.
+
+        Without `first` it waits for ranks, as the command of this number.
+        """
         waiting = first
         while True:
             driver = self._driver
-            try:
-                return await waiting
-            except BusError:
-                if self.is_closing or (driver is not None and not driver.is_over):
-                    raise
-            await self._is_up.wait()
-            if tag and (before := self._adopted.pop(tag, None)) is not None:
-                waiting = asyncio.wrap_future(before)
+            if waiting is not None:
+                try:
+                    return await waiting
+                except BusError:
+                    if self.is_closing or (driver is not None and not driver.is_over):
+                        raise
+                if self._driver is driver:  # nothing is to overtake it from now on
+                    self._is_up = False
+            if self._is_up:
+                waiting = self._given(make, tag)
             else:
-                waiting = self._accept(make, tag)
+                turn = asyncio.get_running_loop().create_future()
+                self._left[number] = turn, make, tag
+                waiting = await turn
 
     async def do(self, command: Command, tag: str = "") -> Any:
         """Have a command done, and return its value.  Raises what the ranks raised."""
         return await self.submit(lambda: command, tag)
+
+    async def let_go(self, run: Run, tag: str = "") -> None:
+        """Take a run's adapter off the ranks, or open the base anew that it has trained."""
+        if run.adapter == BASE:
+            await self.whole.give_back(run.id)
+        else:
+            await self.do(DeleteAdapter(adapter=run.adapter, tag=tag), tag)
 
     async def inspect(self) -> dict[str, Any]:
         """Return what the ranks hold."""
@@ -152,8 +196,11 @@ class Fleet:
 
     def confirm(self, tag: str) -> None:
         """Say that the result of a tagged command is kept."""
+        self._adopted.pop(tag, None)
         if self._driver is not None and not self._driver.is_over:
             self._driver.confirm(tag)
+        else:
+            self._confirmed.add(tag)
 
     async def watch(self) -> None:
         """Start the ranks anew whenever their driver has given up; runs until cancelled."""
@@ -167,7 +214,7 @@ class Fleet:
         tries = 0
         while not self.is_closing:
             assert self._driver is not None
-            self._is_up.clear()
+            self._is_up = False
             try:
                 self.error = "the ranks were lost, and are started anew"
                 await asyncio.to_thread(self._driver.close)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator
 
-from megatrain.errors import BusyError, ConfigError, DataError, NotFoundError
+from megatrain.errors import ConfigError, DataError, NotFoundError
 from megatrain.sampler.types import Piece, SampleRequest, SampleResult
 from megatrain.service.auth.principal import Principal
 from megatrain.service.deployment import Deployment
@@ -20,8 +20,6 @@ class Served:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._running: dict[str, int] = {}
-        """Sequences that are drawn now, by project."""
 
     async def models(self, who: Principal) -> list[Model]:
         """Return the bases, and the project's runs that are live in a sampler."""
@@ -94,24 +92,14 @@ class Served:
     async def _admitted(
         self, who: Principal, deployment: Deployment, request: SampleRequest
     ) -> AsyncIterator[None]:
-        """Check a request, count it against the project's day, and bound what runs at once."""
-        _check(deployment, request, self._hub.config.limits.max_samples)
-        most = deployment.served.sampler.max_batch
-        running = self._running.get(who.project, 0)
-        if running and running + request.num_samples > most:
-            raise BusyError(
-                f"this project draws {running} sequences now, and {most} is the limit",
-                hint="wait until some are done",
-            )
-        self._running[who.project] = running + request.num_samples
-        try:
-            most_tokens = len(request.prompt) + request.num_samples * request.max_tokens
-            await self._hub.auth.spend(who, most_tokens)
+        """Check a request, count it against the project's day, and wait for its turn."""
+        limits = self._hub.config.limits
+        _check(deployment, request, limits.max_samples)
+        await self._hub.auth.spend(
+            who, len(request.prompt) + request.num_samples * request.max_tokens
+        )
+        async with deployment.sampling.turn(who.project, request, most=limits.max_queued):
             yield
-        finally:
-            self._running[who.project] -= request.num_samples
-            if not self._running[who.project]:
-                del self._running[who.project]
 
 
 def _check(deployment: Deployment, request: SampleRequest, max_samples: int) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from megatrain.service.store import tables
 from megatrain.service.store.records import Request
@@ -10,34 +10,37 @@ from megatrain.service.store.rows import first, record, values
 from megatrain.service.store.store import Change
 
 _T = tables.requests
+_FINISHED = ("state", "result", "result_type", "finished", "tokens")
+"""Columns that a result sets."""
+# Statements that every request runs are made once: making them takes longer than running them.
+_ADD = insert(_T)
+_FINISH = (
+    update(_T)
+    .where(_T.c.id == bindparam("the_id"), _T.c.state == "queued")
+    .values(payload=b"", **{name: bindparam(f"new_{name}") for name in _FINISHED})
+)
 
 
 def add(request: Request) -> Change:
     """Keep a request."""
-    return lambda connection: _run(connection, insert(_T).values(**values(request)))
 
+    def change(connection: Connection) -> None:
+        connection.execute(_ADD, values(request))
 
-def _run(connection: Connection, statement: object) -> None:
-    connection.execute(statement)  # type: ignore[call-overload]
+    return change
 
 
 def finish(
     request_id: str, state: str, result: bytes, result_type: str, finished: float, tokens: int
 ) -> Change:
     """Keep a request's result; its payload is needed no longer."""
-    statement = (
-        update(_T)
-        .where(_T.c.id == request_id, _T.c.state == "queued")
-        .values(
-            state=state,
-            result=result,
-            result_type=result_type,
-            finished=finished,
-            tokens=tokens,
-            payload=b"",
-        )
-    )
-    return lambda connection: _run(connection, statement)
+    new = (state, result, result_type, finished, tokens)
+    row = {f"new_{name}": value for name, value in zip(_FINISHED, new, strict=True)}
+
+    def change(connection: Connection) -> None:
+        connection.execute(_FINISH, {"the_id": request_id, **row})
+
+    return change
 
 
 def get(project: str, request_id: str) -> Callable[[Connection], Request | None]:
@@ -67,4 +70,8 @@ def finished_seqs(run: str, first_seq: int) -> Callable[[Connection], list[int]]
 def expire(before: float) -> Change:
     """Forget results that were made before."""
     statement = delete(_T).where(_T.c.state != "queued", _T.c.finished < before)
-    return lambda connection: _run(connection, statement)
+
+    def change(connection: Connection) -> None:
+        connection.execute(statement)
+
+    return change

@@ -1,9 +1,10 @@
 """Runs."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Executable, bindparam, func, insert, select, update
 
 from megatrain.service.store import tables
 from megatrain.service.store.records import Run
@@ -32,13 +33,23 @@ def _set(run_id: str, **fields: Any) -> Change:
 def progress(run_id: str, next_seq: int, step: int, when: float) -> Change:
     """Note how far a run is."""
 
+    row = {"the_id": run_id, "new_seq": next_seq, "new_step": step, "when": when}
+
     def change(connection: Connection) -> None:
-        furthest = func.max if connection.dialect.name == "sqlite" else func.greatest
-        fields = {"next_seq": furthest(_T.c.next_seq, next_seq), "step": step}
-        statement = update(_T).where(_T.c.id == run_id)
-        connection.execute(statement.values(**fields, last_request=when))
+        connection.execute(_progress(connection.dialect.name), row)
 
     return change
+
+
+@cache  # every result has it: making the statement anew takes longer than running it
+def _progress(dialect: str) -> Executable:
+    furthest = func.max if dialect == "sqlite" else func.greatest
+    fields = {
+        "next_seq": furthest(_T.c.next_seq, bindparam("new_seq")),
+        "step": bindparam("new_step"),
+        "last_request": bindparam("when"),
+    }
+    return update(_T).where(_T.c.id == bindparam("the_id")).values(**fields)
 
 
 def set_state(run_id: str, state: str) -> Change:

@@ -19,6 +19,7 @@ from sqlalchemy.exc import DataError as RefusedValue
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from megatrain.errors import DataError, StateError
+from megatrain.service.observe.series import CommitSeries
 from megatrain.service.store import writers
 from megatrain.service.store.engine import open_engine
 
@@ -48,6 +49,7 @@ class Store:
             writers.note(connection, self._writer_id, 0)
         self._number = 0
         self._is_closed = False
+        self.series = CommitSeries()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="store-writer", daemon=True)
         self._writer.start()
@@ -76,8 +78,25 @@ class Store:
         self._queue.put((changes, done))
         await asyncio.wrap_future(done)
 
+    async def write_surely(self, *changes: Change) -> None:
+        """Commit changes as `write` does, however long the database stays away.
+
+        Raises StateError once the store is closed.
+        """
+        while True:
+            try:
+                return await self.write(*changes)
+            except StateError as error:
+                if self._is_closed:
+                    raise
+                logger.warning("a result waits for the database: %s", error.message)
+                await asyncio.sleep(RETRY_S)
+
     async def read[T](self, query: Callable[[Connection], T]) -> T:
-        """Return what a query finds.  Raises StateError if the database stays away."""
+        """Return what a query finds.
+
+        Raises StateError if the database stays away, DataError for a value that it cannot know.
+        """
         return await asyncio.to_thread(self._read, query)
 
     def _read[T](self, query: Callable[[Connection], T]) -> T:
@@ -88,10 +107,12 @@ class Store:
                     return query(connection)
             except DBAPIError as error:
                 if not _is_lost(error):
-                    raise
+                    raise _said(error) from None
                 if time.monotonic() > limit:
                     raise StateError(f"the database could not be read: {error.orig}") from error
                 time.sleep(RETRY_S)
+            except (UnicodeEncodeError, OverflowError) as error:
+                raise _said(error) from None
 
     async def close(self) -> None:
         """Commit what waits, and close."""
@@ -122,8 +143,10 @@ class Store:
         return group, True
 
     def _commit(self, group: list[_Entry]) -> None:
+        began = time.monotonic()
         try:
             failures = self._until_committed(group)
+            self.series.committed(len(group), time.monotonic() - began)
         except DBAPIError as error:
             said = StateError(f"the database could not be written: {error.orig}")
             failures = dict.fromkeys(range(len(group)), said)

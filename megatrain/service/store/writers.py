@@ -6,11 +6,12 @@ even if the server still works on that.
 
 import time
 import uuid
+from functools import cache
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, Executable, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from megatrain.service.store import tables
-from megatrain.service.store.rows import upsert
 
 _T = tables.writers
 
@@ -22,9 +23,15 @@ def new_id() -> str:
 
 def note(connection: Connection, writer: str, number: int) -> None:
     """Leave a group's number with what it writes."""
-    now = time.time()
-    new = {"id": writer, "number": number, "time": now}
-    upsert(connection, _T, new, {"number": number, "time": now})
+    row = {"id": writer, "number": number, "time": time.time()}
+    connection.execute(_note(connection.dialect.name), row)
+
+
+@cache  # every commit has it: making the statement anew takes longer than running it
+def _note(dialect: str) -> Executable:
+    statement = (postgresql if dialect == "postgresql" else sqlite).insert(_T)
+    changed = {name: statement.excluded[name] for name in ("number", "time")}
+    return statement.on_conflict_do_update(index_elements=["id"], set_=changed)
 
 
 def has_committed(connection: Connection, writer: str, number: int) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from megatrain.service.auth.principal import Principal
 from megatrain.service.hub import Hub
@@ -14,11 +14,17 @@ def hub_of(request: Request) -> Hub:
     return cast(Hub, request.app.state.hub)
 
 
+def address_of(request: Request) -> str:
+    """Return where a request came from."""
+    return request.client.host if request.client is not None else ""
+
+
 def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """Return a dependency: the caller, whose key must have a scope."""
 
     async def principal(request: Request) -> Principal:
-        return await hub_of(request).auth.authenticate(request.headers, scope)
+        address = address_of(request)
+        return await hub_of(request).auth.authenticate(request.headers, scope, address)
 
     return principal
 
@@ -29,9 +35,7 @@ Trainer = Annotated[Principal, Depends(needs("train"))]
 Admin = Annotated[Principal, Depends(needs("admin"))]
 Sampler = Annotated[Principal, Depends(needs("sample"))]
 
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=1 << 40)]
+
 Json = dict[str, Any]
-
-
-def address_of(request: Request) -> str:
-    """Return where a request came from."""
-    return request.client.host if request.client is not None else ""

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import time
+import uuid
 from dataclasses import replace
 from typing import Annotated
 
@@ -134,7 +135,7 @@ async def copy_weights(body: CopyWeightsRequest, hub: TheHub, who: Trainer) -> C
         if body.destination_project_id != who.project:
             raise NotFoundError(f"there is no project {body.destination_project_id!r} of this key")
         run = source.run if source.project == who.project else f"copies-of-{source.run}"
-        name = f"{source.name}-copy-{int(time.time())}"
+        name = f"{source.name}-copy-{uuid.uuid4().hex[:8]}"
     else:
         session = hub.sessions.alive(who.project, str(body.session_id))
         run, name = f"{session.id}:train:{body.model_seq_id}", source.name

@@ -17,6 +17,8 @@ from megatrain.service.work.ticket import Result, Ticket
 router = APIRouter(tags=["futures"])
 
 PROTOBUF = "application/x-protobuf"
+AT_ONCE_BYTES = 1 << 16
+"""A result up to here is sent at once also to who asks for its size first: that saves a request."""
 
 
 @router.post("/retrieve_future", response_model=None)
@@ -29,7 +31,8 @@ async def retrieve_future(body: FutureRetrieveRequest, hub: TheHub, who: Reader)
     result = await hub.futures.wait(ticket, hub.config.times.poll_s)
     if result is None:
         return JSONResponse(_try_again(ticket), 408)
-    if body.allow_metadata_only and not result.failed and result.kind == "proto":
+    is_large = result.kind == "proto" and len(result.data) > AT_ONCE_BYTES
+    if body.allow_metadata_only and is_large and not result.failed:
         said = {"status": "complete_metadata", "response_payload_size": len(result.data)}
         return JSONResponse(said)
     return as_response(result)
@@ -54,12 +57,10 @@ async def retrieve_futures(body: FuturesRetrieveRequest, hub: TheHub, who: Reade
     limit = time.monotonic() + min(wanted, hub.config.times.poll_s)
     cursor = body.prev_cursor or 0
     while True:
-        found = hub.futures.completions(session)
-        if len(found) < cursor:  # of an earlier process: all that is known, again
-            cursor = 0
+        found, end = hub.futures.completions(session, cursor)
         left = limit - time.monotonic()
-        if len(found) > cursor or left <= 0:
-            return {"completions": [each.said() for each in found[cursor:]], "cursor": len(found)}
+        if found or left <= 0:
+            return {"completions": [each.said() for each in found], "cursor": end}
         await hub.futures.anything(left)
 
 

@@ -1,12 +1,10 @@
 """Runs and checkpoints, listed; usage and audit."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 
 from megatrain.errors import NotFoundError
 from megatrain.service.store import checkpoints, runs, usage
-from megatrain.service.tinker.access import Admin, Reader, TheHub
+from megatrain.service.tinker.access import Admin, Limit, Offset, Reader, TheHub
 from megatrain.service.tinker.shown import shown_checkpoint, shown_run, time_of
 from megatrain.service.wire.schema import (
     AuditEntry,
@@ -22,9 +20,6 @@ from megatrain.service.wire.schema import (
 )
 
 router = APIRouter(tags=["runs"])
-
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Offset = Annotated[int, Query(ge=0, le=1 << 40)]
 
 
 @router.get("/training_runs", response_model_exclude_none=True)
@@ -80,7 +75,7 @@ async def weights_info(body: WeightsInfoRequest, hub: TheHub, who: Reader) -> We
             "base_model": record.base_model,
             "optimizer_config": record.optimizer,
             "is_lora": bool(lora.get("rank")),
-            "lora_rank": lora.get("rank"),
+            "lora_rank": lora.get("rank") or None,
             "train_unembed": lora.get("train_unembed"),
             "train_mlp": lora.get("train_mlp"),
             "train_attn": lora.get("train_attn"),

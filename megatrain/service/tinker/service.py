@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 
 from megatrain.errors import NotFoundError
 from megatrain.service.store import runs, samplers, sessions
-from megatrain.service.tinker.access import Json, Reader, TheHub, Trainer
+from megatrain.service.tinker.access import Json, Limit, Offset, Reader, TheHub, Trainer
 from megatrain.service.tinker.search import search
 from megatrain.service.wire.schema import (
     ClientConfigReply,
@@ -90,7 +90,7 @@ async def finish_session(
 
 
 @router.get("/sessions")
-async def list_sessions(hub: TheHub, who: Reader, limit: int = 20, offset: int = 0) -> Json:
+async def list_sessions(hub: TheHub, who: Reader, limit: Limit = 20, offset: Offset = 0) -> Json:
     """Return ids of the caller's sessions, the newest first."""
     found = await hub.store.read(sessions.list_page(who.project, limit, offset))
     return {"sessions": [each.id for each in found]}

@@ -60,6 +60,7 @@ async def create_model(body: CreateModelRequest, hub: TheHub, who: Trainer) -> J
     optimizer = DEFAULT_OPTIMIZER
     try:
         optimizer = check_optimizer(content.get("optimizer_config") or DEFAULT_OPTIMIZER)
+        deployment.fleet.whole.check(is_lora=lora is not None)
         _check_lora(hub, lora)
     except MegatrainError as error:
         refused = error
@@ -68,7 +69,7 @@ async def create_model(body: CreateModelRequest, hub: TheHub, who: Trainer) -> J
         body.model_seq_id,
         who.project,
         deployment.name,
-        lora=lora or {"rank": 1},
+        lora=lora,
         optimizer=optimizer,
         user_metadata=content.get("user_metadata") or {},
     )
@@ -77,7 +78,7 @@ async def create_model(body: CreateModelRequest, hub: TheHub, who: Trainer) -> J
 
 def _check_lora(hub: Hub, lora: Json | None) -> None:
     if lora is None:
-        raise ConfigError("a model needs a lora_config here: all parameters are not trained")
+        return
     most = hub.config.limits.max_lora_rank
     if not 1 <= lora["rank"] <= most:
         raise ConfigError(f"a rank must be between 1 and {most} here: {lora['rank']}")
@@ -116,7 +117,7 @@ async def get_info(body: GetInfoRequest, hub: TheHub, who: Reader) -> Json:
         "model_data": data,
         "model_id": run.id,
         "is_lora": run.record.is_lora,
-        "lora_rank": run.record.lora_rank,
+        "lora_rank": run.record.lora_rank or None,
         "model_name": base.name,
         "optimizer_config": run.record.optimizer,
     }
@@ -247,6 +248,8 @@ async def _create_from(body: LoadWeightsRequest, content: Json, hub: Hub, who: P
     refused: MegatrainError | None = None
     optimizer = dict(source.optimizer) if body.optimizer else DEFAULT_OPTIMIZER
     try:
+        is_lora = bool(source.lora.get("rank"))
+        hub.deployment(body.base_model or source.base_model).fleet.whole.check(is_lora=is_lora)
         if body.optimizer_config is not None:
             optimizer = check_optimizer(content["optimizer_config"])
         if body.optimizer and optimizer != source.optimizer:
@@ -259,7 +262,7 @@ async def _create_from(body: LoadWeightsRequest, content: Json, hub: Hub, who: P
         body.model_seq_id,
         who.project,
         hub.deployment(base_model).name,
-        lora=source.lora,
+        lora=source.lora if source.lora.get("rank") else None,
         optimizer=optimizer,
         user_metadata=content.get("user_metadata") or {},
         source=source.path,
@@ -272,7 +275,7 @@ async def _create_from(body: LoadWeightsRequest, content: Json, hub: Hub, who: P
 async def unload_model(body: UnloadModelRequest, hub: TheHub, who: Trainer) -> Json:
     """Give a model back, as older clients do: with a number, or after all others."""
     hub.check_ready()
-    seq = hub.intake.seq(who.project, body.model_id, None)
+    seq = hub.intake.seq(who.project, body.model_id, body.seq_id)
     content = body.model_dump(exclude_none=True)
     return accepted(
         await hub.intake.train(who, "unload_model", body.model_id, seq, content, packed(content))

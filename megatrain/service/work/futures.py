@@ -3,14 +3,17 @@
 import asyncio
 import collections
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.config.service import Limits
 from megatrain.errors import MegatrainError, NotFoundError
+from megatrain.service.observe.note import about
+from megatrain.service.observe.series import RequestSeries
 from megatrain.service.store import requests
 from megatrain.service.store.records import Request
 from megatrain.service.store.store import Change, Store
@@ -18,6 +21,8 @@ from megatrain.service.work.ticket import Result, ResultKind, Ticket, busy
 
 logger = logging.getLogger(__name__)
 
+ENDING_POLL_S = 1.0
+"""While this process ends, a poll is held no longer; its client asks again at once."""
 KEPT_BYTES = 256 << 20
 """Results that are kept in memory after they were committed; older ones are read again."""
 
@@ -30,6 +35,8 @@ class Completion:
     failed: bool
     size: int
     """Bytes of its result."""
+    ended: float
+    """By time.monotonic."""
 
     def said(self) -> dict[str, Any]:
         """Return it as clients read it."""
@@ -37,6 +44,28 @@ class Completion:
             return {"state": "failed", "request_id": self.request_id}
         said = {"state": "finished", "request_id": self.request_id}
         return said | {"response_payload_uncompressed_size": self.size}
+
+
+@dataclass(slots=True)
+class Completions:
+    """The finished requests of a sampling session, in the order of their ends."""
+
+    entries: collections.deque[Completion] = field(default_factory=collections.deque)
+    forgotten: int = 0
+    """How many came before the entries."""
+
+    def since(self, cursor: int) -> tuple[list[Completion], int]:
+        """Return what came after a cursor, and the next one; all that is known after a cursor of
+        an earlier process."""
+        end = self.forgotten + len(self.entries)
+        skipped = 0 if cursor > end else max(0, cursor - self.forgotten)
+        return list(itertools.islice(self.entries, skipped, None)), end
+
+    def forget_before(self, when: float) -> None:
+        """Forget what ended before, by time.monotonic."""
+        while self.entries and self.entries[0].ended < when:
+            self.entries.popleft()
+            self.forgotten += 1
 
 
 class Futures:
@@ -52,16 +81,32 @@ class Futures:
         self._ends = asyncio.Event()
         self._anything = asyncio.Event()
         """Set, and made anew, when anything is finished."""
-        self._of_sampler: dict[str, list[Completion]] = {}
+        self._of_sampler: dict[str, Completions] = {}
+        self.series = RequestSeries()
+
+    @property
+    def num_open(self) -> int:
+        """Requests without a result."""
+        return len(self._open)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the results that are kept in memory."""
+        return self._kept_bytes
 
     def open(self) -> Iterable[Ticket]:
         """Return what waits or runs."""
         return list(self._open.values())
 
-    async def known(self, project: str, idem: str) -> Ticket | None:
-        """Return the ticket of a request that came before, once it is committed."""
+    async def known(self, project: str, idem: str, *, is_new: bool = False) -> Ticket | None:
+        """Return the ticket of a request that came before, once it is committed.
+
+        With `is_new` the caller knows that it is not in the database.
+        """
         ticket = self._by_idem.get(idem)
         if ticket is None:
+            if is_new:
+                return None
             record = await self._store.read(requests.by_idem(project, idem))
             return None if record is None else ticket_of(record)
         if ticket.project != project:
@@ -81,12 +126,10 @@ class Futures:
     async def accept(self, ticket: Ticket, *changes: Change) -> Ticket:
         """Commit a request and return its ticket, or that of the same request that came before.
 
-        `changes` are committed with it.
+        `changes` are committed with it.  It is not in the database: `known` has just said so.
 
         Raises BusyError while too much waits; what the store raises if it cannot be committed.
         """
-        if (before := await self.known(ticket.project, ticket.idem)) is not None:
-            return before
         if (racing := self._by_idem.get(ticket.idem)) is not None:  # while the store was asked
             return await self._settled(racing)
         self.check_room(ticket.project)
@@ -104,6 +147,7 @@ class Futures:
                 ticket.refused = NotFoundError("the request could not be kept; send it again")
             raise
         finally:
+            ticket.timing.committed = time.monotonic()
             ticket.committed.set()
         return ticket
 
@@ -131,10 +175,13 @@ class Futures:
         if self._by_idem.get(ticket.idem) is ticket:
             del self._by_idem[ticket.idem]
 
-    async def finish(self, ticket: Ticket, result: Result, *changes: Change) -> None:
+    async def finish(
+        self, ticket: Ticket, result: Result, *changes: Change, is_held: bool = False
+    ) -> None:
         """Commit a result and give it to who waits; the first result counts.
 
-        `changes` are committed with it.
+        `changes` are committed with it.  With `is_held` the result is given before that: it is
+        certain already, since the ranks' driver gives it again until it is confirmed.
         """
         if ticket.id not in self._open or ticket.result is not None:
             return
@@ -143,24 +190,45 @@ class Futures:
         if ticket.cancelled:
             state = "cancelled"
         # A task that is cancelled meanwhile does not leave a ticket without an end.
-        await asyncio.shield(self._end(ticket, result, state, changes))
+        await asyncio.shield(self._end(ticket, result, state, changes, is_held))
 
     async def _end(
-        self, ticket: Ticket, result: Result, state: str, changes: Sequence[Change]
+        self,
+        ticket: Ticket,
+        result: Result,
+        state: str,
+        changes: Sequence[Change],
+        is_held: bool,
     ) -> None:
-        await self._store.write(
-            requests.finish(ticket.id, state, result.data, result.kind, time.time(), ticket.tokens),
-            *changes,
+        if is_held:
+            self._tell(ticket, result, state)
+        ended = requests.finish(
+            ticket.id, state, result.data, result.kind, time.time(), ticket.tokens
         )
+        await self._store.write_surely(ended, *changes)
         self._drop(ticket)
-        ticket.content, ticket.payload, ticket.ended = None, b"", time.monotonic()
+        ticket.content, ticket.payload = None, b""
+        if not is_held:
+            self._tell(ticket, result, state)
         self._keep(ticket)
+
+    def _tell(self, ticket: Ticket, result: Result, state: str) -> None:
+        """Give a result to who waits."""
+        ticket.timing.ended = time.monotonic()
+        self._count(ticket, state)
         if ticket.sampler is not None:
-            done = Completion(ticket.id, result.failed, len(result.data))
-            self._of_sampler.setdefault(ticket.sampler, []).append(done)
+            done = Completion(ticket.id, result.failed, len(result.data), ticket.timing.ended)
+            self._of_sampler.setdefault(ticket.sampler, Completions()).entries.append(done)
         ticket.finished.set()
         self._anything.set()
         self._anything = asyncio.Event()
+
+    def _count(self, ticket: Ticket, state: str) -> None:
+        note = ticket.note
+        self.series.ended(ticket.kind, state, ticket.timing)
+        if note is not None and note.spans is not None:
+            note.spans.request(ticket, note.context, failed=state != "done")
+        ticket.note = None  # it holds what the HTTP request was about, and that is over
 
     def _keep(self, ticket: Ticket) -> None:
         assert ticket.result is not None
@@ -180,11 +248,15 @@ class Futures:
             ticket = ticket_of(record)
         if ticket.project != project:
             raise NotFoundError(f"there is no request {request_id!r}, or it is forgotten")
+        about(project=ticket.project, run=ticket.run)
         return ticket
 
     async def wait(self, ticket: Ticket, timeout_s: float) -> Result | None:
         """Return a request's result; None if there is none in time."""
-        if not ticket.finished.is_set():
+        if self._ends.is_set():  # results still come, and those that wait come back at once
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ticket.finished.wait(), min(timeout_s, ENDING_POLL_S))
+        elif not ticket.finished.is_set():
             waits = [asyncio.ensure_future(e.wait()) for e in (ticket.finished, self._ends)]
             try:
                 await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -194,14 +266,16 @@ class Futures:
         return ticket.result if ticket.finished.is_set() else None
 
     def wake(self) -> None:
-        """Let nobody wait for a result any longer: this process ends."""
+        """Let nobody wait for long any more: this process ends."""
         self._ends.set()
 
     def forget_before(self, when: float) -> None:
         """Forget results that were finished before, by time.monotonic."""
+        for finished in self._of_sampler.values():
+            finished.forget_before(when)
         while self._kept:
             oldest = next(iter(self._kept.values()))
-            if oldest.ended >= when:
+            if oldest.timing.ended >= when:
                 return
             del self._kept[oldest.id]
             self._kept_bytes -= len(oldest.result.data) if oldest.result else 0
@@ -209,12 +283,13 @@ class Futures:
     async def anything(self, timeout_s: float) -> None:
         """Wait until any request is finished, or for so long."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(timeout_s, 1.0) if self._ends.is_set() else timeout_s):
+            ending = min(timeout_s, ENDING_POLL_S)
+            async with asyncio.timeout(ending if self._ends.is_set() else timeout_s):
                 await self._anything.wait()
 
-    def completions(self, sampler: str) -> "list[Completion]":
-        """Return the finished requests of a sampling session, in the order of their ends."""
-        return self._of_sampler.get(sampler, [])
+    def completions(self, sampler: str, cursor: int) -> tuple[list[Completion], int]:
+        """Return the requests of a sampling session that ended after a cursor, and the next one."""
+        return self._of_sampler.get(sampler, Completions()).since(cursor)
 
     def forget_sampler(self, sampler: str) -> None:
         """Forget what a sampling session that is over has finished."""

@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatrain.bus.commands import AddAdapter, ClipGradAndStep, DeleteAdapter, Resume
+from pydantic import ValidationError
+
+from megatrain.bus.commands import AddAdapter, ClipGradAndStep, Resume
 from megatrain.config.lora_parts import targets
 from megatrain.errors import ConfigError, DataError
 from megatrain.service.fleet.fleet import Fleet
@@ -14,6 +16,7 @@ from megatrain.service.fleet.loaded import Loaded
 from megatrain.service.store import points, runs
 from megatrain.service.store.records import Point
 from megatrain.service.store.store import Change
+from megatrain.service.wire.schema import AdamParams
 from megatrain.service.work.run_state import RunState
 from megatrain.service.work.ticket import Result, Ticket
 
@@ -45,7 +48,19 @@ class Operations:
         self._loaded = loaded
 
     async def create(self, run: RunState, ticket: Ticket) -> Done:
-        """Make a run's adapter."""
+        """Make a run's adapter, or begin to train all parameters."""
+        self._fleet.whole.check(is_lora=run.record.is_lora)
+        optimizer = OPTIMIZERS[run.record.optimizer["type"]]
+        if run.record.is_lora:
+            await self._add_adapter(run, ticket, optimizer)
+        else:
+            await self._fleet.whole.begin(run.id, optimizer, ticket.id)
+        said = {"model_id": run.id, "type": "create_model"}
+        return Result.of_json(said), [runs.set_state(run.id, "live")]
+
+    async def _add_adapter(
+        self, run: RunState, ticket: Ticket, optimizer: tuple[str, dict[str, Any]]
+    ) -> None:
         lora = run.record.lora
         fields = targets(
             attn=lora["train_attn"], mlp=lora["train_mlp"], unembed=lora["train_unembed"]
@@ -54,16 +69,15 @@ class Operations:
             adapter=run.adapter,
             lora={"r": run.record.lora_rank, "lora_alpha": LORA_ALPHA, **fields},
             seed=lora.get("seed"),
-            optimizer=OPTIMIZERS[run.record.optimizer["type"]],
+            optimizer=optimizer,
             tag=ticket.id,
         )
         await self._fleet.do(command, ticket.id)
-        said = {"model_id": run.id, "type": "create_model"}
-        return Result.of_json(said), [runs.set_state(run.id, "live")]
 
     async def load(self, run: RunState, ticket: Ticket) -> Done:
         """Give a run the weights of a checkpoint; make its adapter if it has none."""
-        content = ticket.content
+        content, whole = ticket.content, self._fleet.whole
+        whole.check(is_lora=run.record.is_lora)
         folder = await self._fetch(run, content["path"])
         folder = await asyncio.to_thread(self._loaded.link, ticket.id, folder)
         command = Resume(
@@ -73,10 +87,20 @@ class Operations:
             optimizer=OPTIMIZERS[run.record.optimizer["type"]],
             tag=ticket.id,
         )
-        place = await self._fleet.do(command, ticket.id)
+        if run.record.is_lora:
+            place = await self._fleet.do(command, ticket.id)
+        else:
+            place = await self._load_whole(run, command)
         run.step = int(place["cur_step"])
         said = {"path": content["path"], "model_id": run.id, "type": "load_weights"}
         return Result.of_json(said), [runs.set_state(run.id, "live")]
+
+    async def _load_whole(self, run: RunState, command: Resume) -> Any:
+        whole = self._fleet.whole
+        if whole.owner == run.id:  # what is refused leaves it as it was
+            return await self._fleet.do(command, command.tag)
+        whole.take(run.id)
+        return await whole.tried(command, command.tag)
 
     async def step(self, run: RunState, ticket: Ticket) -> Done:
         """Let the optimizer change the adapter, with the options that this step names."""
@@ -92,15 +116,18 @@ class Operations:
         return Result.of_json({"metrics": metrics, "type": "optim_step"}), changes
 
     async def unload(self, run: RunState, ticket: Ticket) -> Done:
-        """Take a run's adapter off the ranks; its checkpoints stay."""
-        await self._fleet.do(DeleteAdapter(adapter=run.adapter, tag=ticket.id), ticket.id)
+        """Take a run off the ranks; its checkpoints stay."""
+        await self._fleet.let_go(run.record, ticket.id)
         run.closed = True
         said = {"model_id": run.id, "type": "unload_model"}
         return Result.of_json(said), [runs.set_state(run.id, "released")]
 
 
 def step_options(run: RunState, content: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Return max_grad_norm and the optimizer's options.  Raises DataError for the other family."""
+    """Return max_grad_norm and the optimizer's options.
+
+    Raises DataError for the other family, and for values that no optimizer takes.
+    """
     family = run.record.optimizer["type"]
     given = content.get("optimizer_params") or content.get("adam_params") or {}
     kind = given.get("type", "adamw")
@@ -109,15 +136,19 @@ def step_options(run: RunState, content: dict[str, Any]) -> tuple[float, dict[st
             f"this run was created with the optimizer {family!r}, and the step has parameters of "
             f"{kind!r}"
         )
-    clip = max(0.0, float(given.get("grad_clip_norm", 0.0)))
-    lr = float(given.get("learning_rate", 1e-4))
+    try:
+        params = AdamParams.model_validate(given)  # optimizer_params come unchecked
+    except ValidationError as error:
+        wrong = ", ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())
+        raise DataError(f"the step's parameters will not do: {wrong[:500]}") from None
+    clip, lr = max(0.0, params.grad_clip_norm), params.learning_rate
     if family == "dimuon":
-        return clip, {"lr": lr, "momentum": float(given.get("beta1", 0.9))}
+        return clip, {"lr": lr, "momentum": params.beta1}
     return clip, {
         "lr": lr,
-        "betas": [float(given.get("beta1", 0.9)), float(given.get("beta2", 0.95))],
-        "eps": float(given.get("eps", 1e-12)),
-        "weight_decay": float(given.get("weight_decay", 0.0)),
+        "betas": [params.beta1, params.beta2],
+        "eps": params.eps,
+        "weight_decay": params.weight_decay,
     }
 
 

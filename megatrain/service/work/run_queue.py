@@ -1,6 +1,10 @@
 """One run's requests in the order of their numbers, whatever the order in which they come."""
 
 from collections.abc import Iterable
+from itertools import islice
+
+MOST_MISSING = 16
+"""Missing numbers that are named: a client that sends its greatest number first lacks billions."""
 
 
 class RunQueue[T]:
@@ -44,10 +48,11 @@ class RunQueue[T]:
         return request
 
     def missing(self) -> list[int]:
-        """Return the numbers that the waiting requests wait for."""
+        """Return the first of the numbers that the waiting requests wait for."""
         last = max(self._waiting, default=self.next_seq - 1)
         there = self._waiting.keys() | self._done
-        return [seq for seq in range(self.next_seq, last) if seq not in there]
+        gaps = (seq for seq in range(self.next_seq, last) if seq not in there)
+        return list(islice(gaps, MOST_MISSING))
 
     def give_up_gap(self, now: float) -> list[T]:
         """Take out what waits behind a gap; its numbers and the missing ones are over."""

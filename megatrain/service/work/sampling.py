@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from megatrain.errors import MegatrainError, SamplerError, StateError
+from megatrain.errors import BusyError, MegatrainError, RankError, SamplerError, StateError
 from megatrain.sampler.types import Piece, SampleRequest, SampleResult
 from megatrain.service.publish.publisher import Publisher
 from megatrain.service.publish.versions import Version
@@ -32,6 +32,17 @@ class SamplerState:
     """What it is pinned to; None for the base and for what moves with a run."""
     clones: int = 0
     """Numbers that were given to clones of its client."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Work that waits for the engine."""
+
+    tokens: float
+    """What it may cost."""
+    begin: Callable[[], None]
+    is_gone: Callable[[], bool]
+    """Whether nobody waits for it any more."""
 
 
 Encode = Callable[[SampleResult], bytes]
@@ -58,10 +69,12 @@ class Sampling:
         self._publisher, self._futures = publisher, futures
         self._slots, self._shares = slots, shares
         self._choose, self._encode, self._done = choose, encode, done
-        self._waiting: dict[str, deque[tuple[SamplerState, Ticket]]] = {}
+        self._waiting: dict[str, deque[_Turn]] = {}
         self._fair: Fair[str] = Fair()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._passing: set[asyncio.Future[None]] = set()
+        """Of requests that nobody stores, and that wait or are drawn."""
         self.running = 0
         """Sequences that the engine was given."""
         self.paused = False
@@ -73,8 +86,42 @@ class Sampling:
 
     def put(self, state: SamplerState, ticket: Ticket) -> None:
         """Take a committed request in."""
-        self._waiting.setdefault(ticket.project, deque()).append((state, ticket))
+        begin, is_gone = lambda: self._begin(state, ticket), lambda: ticket.result is not None
+        self._wait(ticket.project, _Turn(float(ticket.tokens), begin, is_gone))
+
+    def _wait(self, project: str, turn: _Turn) -> None:
+        self._waiting.setdefault(project, deque()).append(turn)
         self._wake.set()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, project: str, request: SampleRequest, *, most: int) -> AsyncIterator[None]:
+        """Wait until it is a project's turn to draw, for work that nobody stores.
+
+        Raises BusyError where `most` of its requests wait already, RankError at the end.
+        """
+        if len(self._waiting.get(project, ())) >= most:
+            raise BusyError(
+                f"{most} requests of this project wait already, which is the limit",
+                hint="wait until some are done",
+            )
+        granted = asyncio.get_running_loop().create_future()
+        self._passing.add(granted)
+
+        def begin() -> None:
+            self.running += request.num_samples
+            granted.set_result(None)
+
+        tokens = len(request.prompt) + request.num_samples * request.max_tokens
+        self._wait(project, _Turn(float(tokens), begin, granted.done))
+        try:
+            await granted
+            yield
+        finally:
+            self._passing.discard(granted)
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
+                self.running -= request.num_samples
+            granted.cancel()
+            self._wake.set()
 
     async def run(self) -> None:
         """Hand out requests until cancelled."""
@@ -82,15 +129,15 @@ class Sampling:
             await self._wake.wait()
             self._wake.clear()
             while not self.paused and self.running < self._slots and (found := self._pick()):
-                self._begin(*found)
+                found.begin()
 
-    def _pick(self) -> tuple[SamplerState, Ticket] | None:
+    def _pick(self) -> _Turn | None:
         heads = {}
         for project, queue in list(self._waiting.items()):
-            while queue and queue[0][1].result is not None:  # cancelled while it waited
+            while queue and queue[0].is_gone():  # cancelled while it waited
                 queue.popleft()
             if queue:
-                heads[project] = float(queue[0][1].tokens)
+                heads[project] = queue[0].tokens
             else:
                 del self._waiting[project]
         weights = {project: max(self._shares.get(project, 1.0), 1e-3) for project in heads}
@@ -100,7 +147,7 @@ class Sampling:
     def _begin(self, state: SamplerState, ticket: Ticket) -> None:
         request: SampleRequest = ticket.content
         self.running += request.num_samples
-        ticket.began = time.monotonic()
+        ticket.timing.began = time.monotonic()
         ticket.task = task = asyncio.ensure_future(self._do(state, ticket, request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -172,6 +219,9 @@ class Sampling:
     async def drain(self, timeout_s: float) -> None:
         """Start nothing more; what is not drawn in time is drawn after the next start."""
         self.paused = True
+        for waits in self._passing:
+            if not waits.done():
+                waits.set_exception(RankError("the service is being ended", hint="try again"))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in list(self._tasks):

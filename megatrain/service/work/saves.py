@@ -1,6 +1,7 @@
 """Requests that write files: checkpoints to go on from, weights for samplers and to take away."""
 
 import asyncio
+import logging
 import shutil
 import tempfile
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.bus.commands import Save
-from megatrain.errors import StateError
+from megatrain.errors import SamplerError, StateError
 from megatrain.service.files.files import Files
 from megatrain.service.fleet.fleet import Fleet
 from megatrain.service.publish.publisher import Publisher
@@ -22,10 +23,16 @@ from megatrain.service.work.run_state import RunState
 from megatrain.service.work.sampling import SamplerState
 from megatrain.service.work.ticket import Result, Ticket
 
+logger = logging.getLogger(__name__)
+
 Done = tuple[Result, Sequence[Change]]
 
 KINDS = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
 """Of checkpoints: their part of a tinker:// path."""
+PUBLISH_TRIES = 3
+"""Samplers that a version is given to, if they are lost while they take it."""
+UNKNOWN_S = 600.0
+"""Seconds that ranks get to write a snapshot."""
 KEPT_VERSIONS = 16
 """Versions of one run that samplers of earlier steps may still ask for."""
 
@@ -54,24 +61,29 @@ class Saves:
 
     async def training(self, run: RunState, ticket: Ticket) -> Done:
         """Save all that training needs to go on."""
-        path, changes = await self._checkpoint(run, ticket, "training")
-        return Result.of_json({"path": path, "type": "save_weights"}), changes
+        record = await self._checkpoint(run, ticket, "training")
+        said = {"path": record.path, "type": "save_weights"}
+        return Result.of_json(said), [checkpoints.put(record)]
 
     async def external(self, run: RunState, ticket: Ticket) -> Done:
         """Save an adapter to take away: in PEFT's format."""
-        path, changes = await self._checkpoint(run, ticket, "external")
-        record = await self._store.read(checkpoints.get(run.project, path))
-        size = 0 if record is None else record.size_bytes
-        said = {"path": path, "size_bytes": size, "type": "save_weights_external"}
-        return Result.of_json(said), changes
+        record = await self._checkpoint(run, ticket, "external")
+        size = record.size_bytes
+        said = {"path": record.path, "size_bytes": size, "type": "save_weights_external"}
+        return Result.of_json(said), [checkpoints.put(record)]
 
     async def for_sampler(self, run: RunState, ticket: Ticket) -> Done:
         """Save an adapter for sampling: under a name, or for one sampling session."""
         content = ticket.content
         if content.get("path") is not None:
-            path, changes = await self._checkpoint(run, ticket, "sampler")
-            said = {"path": path, "type": "save_weights_for_sampler"}
-            return Result.of_json(said), changes
+            saved = await self._checkpoint(run, ticket, "sampler")
+            said = {"path": saved.path, "type": "save_weights_for_sampler"}
+            return Result.of_json(said), [checkpoints.put(saved)]
+        if not run.record.is_lora:
+            raise StateError(
+                "weights of all parameters are not sampled from here",
+                hint="save them under a name: any engine can serve that checkpoint",
+            )
         session = f"{run.record.session}:sample:{content['sampling_session_seq_id']}"
         version = await self.publish(run)
         kind = content.get("kind") or "snapshot"
@@ -92,15 +104,43 @@ class Saves:
         return Result.of_json(said), [samplers.add(record)]
 
     async def publish(self, run: RunState) -> Version:
-        """Bring a run's adapter, as it is on the ranks, to the sampler; it is live then."""
+        """Bring a run's adapter, as it is on the ranks, to the sampler; it is live then.
+
+        A sampler that is lost meanwhile is given it again.  Raises SamplerError.
+        """
+        for left in reversed(range(PUBLISH_TRIES)):
+            try:
+                version = await self._publish(run)
+                break
+            except SamplerError as error:
+                if not left:
+                    raise
+                logger.warning("run %s is published again: %s", run.id, error.message)
+        run.live_since = run.step
+        self._make_live(run, version)
+        return version
+
+    async def _publish(self, run: RunState) -> Version:
         name = f"{run.adapter}-{run.step}-{uuid.uuid4().hex[:8]}"
         directory = self._publish_dir / name
         await self._fleet.do(Save(adapter=run.adapter, directory=str(directory)))
         version = Version(name, run.id, run.step, directory, is_owned=True)
-        await self._publisher.publish(version, run.adapter)
-        run.live_since = run.step
-        self._make_live(run, version)
-        return version
+        try:
+            return await self._publisher.publish(version, run.adapter)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            raise
+
+    async def sweep(self) -> None:
+        """Delete what an earlier process has published and no sampling session refers to.
+
+        Not what is new: ranks that start anew may have to load it again until a snapshot is taken.
+        """
+        known = {version.directory for version in self._publisher.versions.list()}
+        before = time.time() - UNKNOWN_S
+        for each in await asyncio.to_thread(lambda: list(self._publish_dir.glob("*"))):
+            if each not in known and each.stat().st_mtime < before:
+                await asyncio.to_thread(shutil.rmtree, each, ignore_errors=True)
 
     def _make_live(self, run: RunState, version: Version) -> None:
         self.live[run.id] = version
@@ -123,9 +163,9 @@ class Saves:
         for version in self._versions.pop(run.id, []):
             self._publisher.versions.retire(version)
 
-    async def _checkpoint(
-        self, run: RunState, ticket: Ticket, kind: str
-    ) -> tuple[str, list[Change]]:
+    async def _checkpoint(self, run: RunState, ticket: Ticket, kind: str) -> Checkpoint:
+        """Keep a checkpoint's files; its record is committed with the request's result, so that a
+        process that dies in between leaves nothing that the next one would take for another's."""
         content: dict[str, Any] = ticket.content
         path = f"tinker://{run.id}/{KINDS[kind]}/{content['path']}"
         before = await self._store.read(checkpoints.get(run.project, path))
@@ -146,8 +186,12 @@ class Saves:
             size = await self._files.put_folder(key, folder)
         finally:
             await asyncio.to_thread(shutil.rmtree, folder.parent, ignore_errors=True)
+        if ticket.result is not None:  # given up meanwhile: nobody would find them
+            if before is None:
+                await self._files.delete(key)
+            raise StateError(f"{path} was not kept: its request was given up")
         now, ttl = time.time(), content.get("ttl_seconds")
-        record = Checkpoint(
+        return Checkpoint(
             path=path,
             run=run.id,
             project=run.project,
@@ -165,8 +209,6 @@ class Saves:
             location=key,
             state="ready",
         )
-        await self._store.write(checkpoints.put(record))
-        return path, []
 
     async def _save(self, run: RunState, *, with_optimizer: bool) -> Path:
         parent = await asyncio.to_thread(tempfile.mkdtemp, prefix="save-", dir=self._files.scratch)

@@ -6,6 +6,7 @@ start     a task per pass or operation; a run waits for its own barrier, never f
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -21,6 +22,9 @@ OPERATION_COST = 64.0
 """What anything but a pass is charged, in tokens."""
 MAX_OPERATIONS = 64
 """Operations that are on the ranks at once."""
+
+SEPARATOR = ","
+"""Between the requests in the tag of a pass that they share."""
 
 Member = tuple[RunState, Ticket]
 Start = Callable[[Sequence[Member]], Awaitable[None]]
@@ -57,6 +61,11 @@ class Scheduler:
         """Requests in all queues."""
         return sum(len(run.queue) for run in self.runs.values())
 
+    @property
+    def num_running(self) -> int:
+        """Requests that were given to the ranks."""
+        return sum(len(run.in_flight) for run in self.runs.values())
+
     def put(self, run: RunState, ticket: Ticket) -> bool:
         """Take a request in; return False if its number is over."""
         taken = run.queue.put(ticket.seq, ticket, time.monotonic())
@@ -69,13 +78,16 @@ class Scheduler:
 
     async def run(self) -> None:
         """Hand out work until cancelled."""
+        every_s = min(1.0, self._gap_s / 4)
+        look_at = time.monotonic() + every_s
         while True:
-            try:
-                async with asyncio.timeout(min(1.0, self._gap_s / 4)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every_s):
                     await self._wake.wait()
-            except TimeoutError:
-                await self._look_for_gaps()
             self._wake.clear()
+            if time.monotonic() >= look_at:  # also where there is always something to do
+                await self._look_for_gaps()
+                look_at = time.monotonic() + every_s
             while not self.paused and (members := self._choose()):
                 self._begin(members)
 
@@ -120,11 +132,12 @@ class Scheduler:
             now = time.monotonic()
             same = [run for run in others if _tag(run) == first[1].tag]
             return [first, *((run, run.queue.pop(now)) for run in same)]
-        while kind in PASSES:
+        while kind in PASSES and not first[1].is_refused:
             fitting = {
                 name: ticket
                 for name, ticket in self._heads().items()
                 if ticket.kind == kind
+                and not ticket.is_refused
                 and not ticket.tag
                 and ticket.tokens <= left
                 and all(name != run.id for run, _ in chosen)
@@ -159,23 +172,23 @@ class Scheduler:
 
     def _begin(self, members: list[Member]) -> None:
         is_pass = members[0][1].kind in PASSES
-        # Runs that share a pass wait for it: should it be refused, each tries alone, in order.
-        barrier = len(members) > 1 or members[0][1].is_barrier
+        barrier = is_shared(members) or members[0][1].is_barrier
         for run, ticket in members:
             run.blocked = run.blocked or barrier
             run.in_flight.add(ticket.id)
-            ticket.began = time.monotonic()
+            ticket.timing.began = time.monotonic()
         if is_pass:
             self._passes += 1
         else:
             self._operations += 1
         # An eager task submits its command before anything else is started.
-        task = asyncio.Task(self._do(members), loop=asyncio.get_running_loop(), eager_start=True)
+        doing = self._do(members, barrier)
+        task = asyncio.Task(doing, loop=asyncio.get_running_loop(), eager_start=True)
         if not task.done():
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, members: list[Member]) -> None:
+    async def _do(self, members: list[Member], barrier: bool) -> None:
         try:
             await self._start(members)
         except Exception:
@@ -187,9 +200,22 @@ class Scheduler:
                 self._operations -= 1
             for run, ticket in members:
                 run.in_flight.discard(ticket.id)
-                if len(members) > 1 or ticket.is_barrier:
+                if barrier:
                     run.blocked = False
             self._wake.set()
+
+
+def is_shared(members: Sequence[Member]) -> bool:
+    """Tell whether a pass is, or was given to the ranks as, one of several runs.
+
+    They wait for it: should it be refused, each tries alone, in order.
+    """
+    return len(members) > 1 or SEPARATOR in members[0][1].tag
+
+
+def tag_of(members: Sequence[Member]) -> str:
+    """Return the tag of a command: the requests that it is for."""
+    return SEPARATOR.join(ticket.id for _, ticket in members)
 
 
 def _tag(run: RunState) -> str:

@@ -16,6 +16,8 @@ from megatrain.errors import (
     NotFoundError,
     StateError,
 )
+from megatrain.service.observe.note import Note, current
+from megatrain.service.observe.timing import Timing
 
 ResultKind = Literal["json", "proto"]
 Category = Literal["user", "server", "unknown"]
@@ -91,10 +93,14 @@ class Ticket:
     after a loss."""
     tag: str = ""
     """Of the command that an earlier process had given to the ranks for it."""
-    began: float = 0.0
-    """When it left its queue, by time.monotonic."""
-    ended: float = 0.0
-    """When it was finished, by time.monotonic."""
+    timing: Timing = field(default_factory=Timing)
+    note: Note | None = field(default_factory=current)
+    """Of the HTTP request that brought it; None once it has a result."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it was found wrong when it came: it is told so when its turn comes, alone."""
+        return isinstance(self.content, MegatrainError)
 
 
 def busy(what: str, limit: int, retry_after_s: float = 1.0) -> BusyError:

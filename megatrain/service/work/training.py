@@ -14,17 +14,24 @@ from megatrain.bus.commands import Command, ForwardBackwardMany, ForwardMany
 from megatrain.bus.failures import error_of
 from megatrain.errors import DataError, MegatrainError
 from megatrain.service.fleet.fleet import Fleet, is_shutdown
+from megatrain.service.observe.bus_watch import charged_to
+from megatrain.service.observe.note import about, serving
+from megatrain.service.observe.series import PassSeries
+from megatrain.service.observe.timing import Spent
 from megatrain.service.store import runs
 from megatrain.service.store.store import Change
 from megatrain.service.wire.batch import from_output, to_batch
 from megatrain.service.wire.passes import encode_pass_result
 from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_state import RunState
-from megatrain.service.work.scheduler import PASSES, Member
+from megatrain.service.work.scheduler import PASSES, Member, is_shared, tag_of
 from megatrain.service.work.ticket import Result, Ticket
 from megatrain.types import StepOutput
 
 logger = logging.getLogger(__name__)
+
+MANY_TOKENS = 1 << 15
+"""Results from here on are encoded in a thread: they take more than a millisecond."""
 
 Operation = Callable[[RunState, Ticket], Awaitable[tuple[Result, Sequence[Change]]]]
 """Does a request that is no pass; returns its result and what is committed with it."""
@@ -38,45 +45,65 @@ class Training:
         self._fleet, self._futures, self._operations = fleet, futures, operations
         self.trained_tokens = 0
         """Tokens of all passes since the start."""
+        self.series = PassSeries(fleet.name)
 
     async def start(self, members: Sequence[Member]) -> None:
         """Do a pass of several runs, or one operation, and finish its requests."""
         run, ticket = members[0]
-        if isinstance(ticket.content, MegatrainError):  # what was wrong when it came
-            for each, refused in members:
-                await self._finish(each, refused, Result.of_error(refused.content))
+        if ticket.is_refused:
+            await self._finish(run, ticket, Result.of_error(ticket.content))
             return
         if ticket.kind in PASSES:
             await self._pass(members)
             return
         try:
-            result, changes = await self._operations[ticket.kind](run, ticket)
+            with charged_to(ticket.timing.spent):
+                result, changes = await self._operations[ticket.kind](run, ticket)
         except Exception as error:  # noqa: BLE001 - every request gets a result
             await self._failed(run, ticket, error)
         else:
-            await self._finish(run, ticket, result, changes)
-        if ticket.tag:
-            self._fleet.confirm(ticket.tag)
+            ticket.timing.replied = time.monotonic()
+            if ticket.kind == "optim_step":
+                self.series.stepped()
+            is_held = ticket.kind == "optim_step"
+            await self._finish(run, ticket, result, changes, is_held=is_held)
+        self._fleet.confirm(ticket.tag or ticket.id)  # the tag of its command
 
     async def _pass(self, members: Sequence[Member]) -> None:
         train = members[0][1].kind == "forward_backward"
+        shared = is_shared(members)
         tag = members[0][1].tag or (tag_of(members) if train else "")
+        spent = Spent()
         for _, ticket in members:
-            ticket.tag = tag
+            ticket.tag, ticket.timing.spent, ticket.timing.members = tag, spent, len(members)
         began = time.monotonic()
         try:
-            values = await self._fleet.submit(lambda: _command(members, train, tag), tag)
+            with charged_to(spent):
+                values = await self._fleet.submit(lambda: _command(members, train, tag), tag)
         except Exception as error:  # noqa: BLE001 - every request gets a result
-            if len(members) == 1 or not isinstance(error, MegatrainError):
+            if not shared or not isinstance(error, MegatrainError):
                 for run, ticket in members:
                     await self._failed(run, ticket, error)
             elif not is_shutdown(self._fleet, error):
                 await self._each_alone(members)
         else:
             seconds = time.monotonic() - began
+            self._count(members, seconds, spent.ranks_s)
             await asyncio.gather(*(self._passed(m, values, seconds) for m in members))
         if tag:
             self._fleet.confirm(tag)
+
+    def _count(self, members: Sequence[Member], seconds: float, ranks_s: float) -> None:
+        for _, ticket in members:
+            ticket.timing.replied = time.monotonic()
+        self.series.passed(
+            members[0][1].kind,
+            runs=len(members),
+            data=sum(len(ticket.content.data) for _, ticket in members),
+            tokens=sum(ticket.tokens for _, ticket in members),
+            seconds=seconds,
+            ranks_s=ranks_s,
+        )
 
     async def _each_alone(self, members: Sequence[Member]) -> None:
         """Repeat a pass that was refused, one run after the other: it is one's fault."""
@@ -91,36 +118,46 @@ class Training:
             await self._failed(run, ticket, error_of(output))
             return
         assert isinstance(output, StepOutput)
-        result = from_output(ticket.content, output)
+        try:
+            result = from_output(ticket.content, output)
+        except Exception as error:  # noqa: BLE001 - others of this pass have results of their own
+            await self._failed(run, ticket, error)
+            return
         if ticket.kind == "forward_backward":
             run.pass_tokens += ticket.tokens
             run.pass_loss += result.metrics.get("loss:sum", 0.0)
             run.pass_seconds += seconds
         self.trained_tokens += ticket.tokens
-        data = await asyncio.to_thread(encode_pass_result, result)
-        await self._finish(run, ticket, Result(data, "proto"))
+        if ticket.tokens >= MANY_TOKENS:
+            data = await asyncio.to_thread(encode_pass_result, result)
+        else:
+            data = encode_pass_result(result)
+        await self._finish(run, ticket, Result(data, "proto"), is_held=bool(ticket.tag))
 
     async def _failed(self, run: RunState, ticket: Ticket, error: BaseException) -> None:
         if is_shutdown(self._fleet, error):
             return  # it is done after the next start
-        if not isinstance(error, MegatrainError):
-            logger.error("%s of %s failed", ticket.kind, run.id, exc_info=error)
-        elif not isinstance(error, DataError):
-            logger.warning("%s of %s: %s", ticket.kind, run.id, error)
+        with serving(ticket.note):
+            about(run=run.id)
+            if not isinstance(error, MegatrainError):
+                logger.error("%s of %s failed", ticket.kind, run.id, exc_info=error)
+            elif not isinstance(error, DataError):
+                logger.warning("%s of %s: %s", ticket.kind, run.id, error)
         result = Result.of_error(error)
         run.last_error = result.data.decode()
         await self._finish(run, ticket, result)
 
     async def _finish(
-        self, run: RunState, ticket: Ticket, result: Result, changes: Sequence[Change] = ()
+        self,
+        run: RunState,
+        ticket: Ticket,
+        result: Result,
+        changes: Sequence[Change] = (),
+        *,
+        is_held: bool = False,
     ) -> None:
         progress = runs.progress(run.id, ticket.seq + 1, run.step, time.time())
-        await self._futures.finish(ticket, result, progress, *changes)
-
-
-def tag_of(members: Sequence[Member]) -> str:
-    """Return the tag of a command: the requests that it is for."""
-    return ",".join(ticket.id for _, ticket in members)
+        await self._futures.finish(ticket, result, progress, *changes, is_held=is_held)
 
 
 def _command(members: Sequence[Member], train: bool, tag: str) -> Command:

@@ -1,5 +1,6 @@
 """What all models of the wire share: names, bounds, and how they treat what they do not know."""
 
+import math
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -41,10 +42,14 @@ def _size(value: Any, depth: int) -> int:
     if depth > _MAX_DEPTH:
         raise ValueError(f"metadata must not be nested more than {_MAX_DEPTH} deep")
     if isinstance(value, dict):
-        return sum(len(key) + 4 + _size(each, depth + 1) for key, each in value.items()) + 2
+        return (
+            sum(len(key.encode()) + 4 + _size(each, depth + 1) for key, each in value.items()) + 2
+        )
     if isinstance(value, list):
         return sum(1 + _size(each, depth + 1) for each in value) + 2
-    return len(value) + 2 if isinstance(value, str) else 8
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("metadata must hold finite numbers")
+    return len(value.encode()) + 2 if isinstance(value, str) else 8
 
 
 def _with_zone(value: datetime) -> datetime:

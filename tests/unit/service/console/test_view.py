@@ -47,7 +47,7 @@ def test_a_run_on_the_ranks_is_as_far_as_they_are_and_says_what_went_wrong() -> 
 @pytest.mark.parametrize(
     ("metadata", "session", "expected"),
     [
-        ({"name": "mine"}, "theirs", "mine · 3"),
+        ({"name": "mine"}, "theirs", "mine"),
         ({}, "theirs", "theirs · 3"),
         ({"lr": "1"}, None, "0123abcd · 3"),
     ],

@@ -4,7 +4,7 @@ import asyncio
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.responses import JSONResponse
 
 from megatrain.service.observe.middleware import REQUEST_ID, Observed
@@ -32,7 +32,13 @@ def ask(series):
     def fail(path: str, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": path, "of": current().request}, 500)
 
-    app.add_middleware(Observed, series=series, tracing=None, fail=fail)
+    router = APIRouter()
+
+    @router.get("/under/{name}")
+    async def under(name: str) -> None: ...
+
+    app.include_router(router, prefix="/api")
+    app.add_middleware(Observed, series=series, tracing=None, fail=fail, prefix="/api")
 
     def ask(path: str, method: str = "GET", **headers: str) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -71,11 +77,13 @@ def test_requests_are_counted_by_route_whatever_they_name(ask, series):
     for name in ("a", "b", "c"):
         ask(f"/things/{name}")
     ask("/things/a", "POST")
+    ask("/api/under/a")
     ask("/nowhere/1")
     ask("/nowhere/2", "BREW")
     assert counted(series) == {
         ("/things/{name}", "GET", "200"): 3,
         ("/things/{name}", "POST", "405"): 1,
+        ("/api/under/{name}", "GET", "200"): 1,
         ("other", "GET", "404"): 1,
         ("other", "other", "404"): 1,
     }

@@ -1,0 +1,467 @@
+"""vLLM, in its own environment and processes, against Transformers' and PEFT's own answers.
+
+Needs `megatrain sampler install --cpu` (or MEGATRAIN_VLLM_HOME), and head_dim 32 or more.
+"""
+
+import asyncio
+import itertools
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tinker
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tinker import types
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatrain.cli.quickstart.base_model import build_model
+from megatrain.cli.quickstart.tokenizer import build_tokenizer
+from megatrain.config.service import SamplerConfig
+from megatrain.errors import ConfigError, DataError
+from megatrain.sampler.types import SampleRequest, SampleResult
+from megatrain.sampler.vllm.environment import find
+from megatrain.sampler.vllm.sampler import VllmSampler
+from tests.fixtures.small_model import SHAPE, TEXT
+from tests.service.server import NAME, Server
+
+ENVIRONMENT = find()
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.skipif(
+        ENVIRONMENT is None, reason="vLLM is not installed: `megatrain sampler install --cpu`"
+    ),
+]
+TOLERANCE = 1e-4
+"""Of log-probabilities in float32, by two programs; 1e-5 is usual."""
+PROMPT = tuple(range(20, 29))
+LINEARS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+TARGETS = {"a": LINEARS, "b": [*LINEARS, "lm_head"]}
+NAMES = (None, "a", "b")
+OPTIONS: dict[str, Any] = {"max_batch": 32, "max_lora_rank": 8, "kv_cache_bytes": 64 << 20}
+
+
+def make_base(folder: Path) -> Path:
+    """Write a model whose heads are wide enough for vLLM."""
+    tokenizer = build_tokenizer(TEXT, vocab_size=SHAPE.vocab_size)
+    build_model(replace(SHAPE, head_dim=32), tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Setting:
+    """A base, two adapters, and an engine that has them."""
+
+    def __init__(self, folder: Path, runner: asyncio.Runner) -> None:
+        self.runner = runner
+        self.base = make_base(folder / "base")
+        self.folders = {
+            name: self.adapter(folder / name, seed, targets)
+            for seed, (name, targets) in enumerate(TARGETS.items())
+        }
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.base)
+        config = SamplerConfig(engine="vllm", max_adapters=3, max_loras=2, **OPTIONS)
+        self.sampler = VllmSampler(config, self.base, is_float32=True, environment=ENVIRONMENT)
+
+    def plain(self) -> Any:
+        """Return the base alone."""
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
+
+    def adapter(self, folder: Path, seed: int, targets: list[str]) -> Path:
+        """Write an adapter that matters."""
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_peft_model(self.plain(), config).save_pretrained(folder)
+        return folder
+
+    def truth(self, name: str | None, folder: Path | None = None) -> Any:
+        """Return Transformers' model with an adapter of PEFT."""
+        if name is None:
+            return self.plain()
+        return PeftModel.from_pretrained(self.plain(), str(folder or self.folders[name])).eval()
+
+    def sample(self, *requests: SampleRequest) -> list[SampleResult]:
+        """Draw several requests at once."""
+
+        async def draw() -> list[SampleResult]:
+            return list(await asyncio.gather(*map(self.sampler.sample, requests)))
+
+        return self.runner.run(draw())
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
+    with asyncio.Runner() as runner:
+        made = Setting(tmp_path_factory.mktemp("vllm"), runner)
+        runner.run(made.sampler.start())
+        for name, folder in made.folders.items():
+            runner.run(made.sampler.load_adapter(name, folder))
+        yield made
+        runner.run(made.sampler.close())
+
+
+def request(**values: Any) -> SampleRequest:
+    return SampleRequest(**{"prompt": PROMPT, "max_tokens": 12, "stop": (), **values})
+
+
+def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def shaped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """Return log-probabilities as Transformers' own processors make them."""
+    from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = logits / temperature
+    nothing: Any = None
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k)(nothing, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(nothing, logits)
+    return logits.log_softmax(-1)
+
+
+def assert_close(found: npt.NDArray[Any], expected: torch.Tensor) -> None:
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_are_those_of_transformers_with_peft(
+    setting: Setting, name: str | None
+) -> None:
+    (result,) = setting.sample(request(adapter=name, temperature=0.0, num_samples=2))
+    model = setting.truth(name)
+    out = model.generate(
+        input_ids=torch.tensor([PROMPT]), do_sample=False, max_new_tokens=12, eos_token_id=None
+    )
+    expected = out[0, len(PROMPT) :].tolist()
+    assert [each.tokens for each in result.sequences] == [expected, expected]
+    assert result.sequences[0].stop_reason == "length"
+    logprobs = logits_of(model, (*PROMPT, *expected))[len(PROMPT) - 1 : -1].log_softmax(-1)
+    assert_close(result.sequences[0].logprobs, logprobs.max(-1).values)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.5, -1, 1.0), (1.0, -1, 1.0), (2.0, -1, 1.0), (1.0, 5, 1.0), (1.3, -1, 0.7), (0.8, 20, 0.9)],
+)
+def test_log_probabilities_are_of_the_distribution_that_was_sampled(
+    setting: Setting, temperature: float, top_k: int, top_p: float
+) -> None:
+    prompts = [PROMPT, PROMPT[:3], PROMPT[2:]]
+    results = setting.sample(
+        *(
+            request(
+                prompt=prompt, adapter=name, num_samples=3, temperature=temperature,
+                top_k=top_k, top_p=top_p, seed=1, topk_sample_logprobs=2,
+            )
+            for prompt, name in zip(prompts, NAMES, strict=True)
+        )
+    )  # fmt: skip
+    for result, name, prompt in zip(results, NAMES, prompts, strict=True):
+        model = setting.truth(name)
+        for sequence in result.sequences:
+            logits = logits_of(model, (*prompt, *sequence.tokens))[len(prompt) - 1 : -1]
+            logprobs = shaped(logits, temperature, top_k, top_p)
+            chosen = torch.tensor(sequence.tokens)[:, None]
+            assert_close(sequence.logprobs, logprobs.gather(1, chosen)[:, 0])
+            assert sequence.topk is not None
+            best = logprobs.topk(2)
+            assert_close(
+                sequence.topk.logprobs, best.values.masked_fill(best.values.isinf(), -99999.0)
+            )
+            assert sequence.topk.tokens[0, 0] == best.indices[0, 0]
+
+
+def test_a_seed_gives_the_same_samples_that_differ_from_each_other(setting: Setting) -> None:
+    first, again, other = (
+        [each.tokens for each in setting.sample(request(num_samples=40, seed=seed))[0].sequences]
+        for seed in (7, 7, 8)
+    )
+    assert first == again
+    assert len({tuple(tokens) for tokens in [*first, *other]}) == 80
+
+
+def test_draws_follow_the_distribution(setting: Setting) -> None:
+    draws = 2000
+    (result,) = setting.sample(request(num_samples=draws, max_tokens=1, top_k=12, seed=3))
+    counts = np.bincount([each.tokens[0] for each in result.sequences], minlength=512)
+    logits = logits_of(setting.truth(None), PROMPT)[-1:]
+    expected = draws * shaped(logits, 1.0, 12, 1.0)[0].exp().double().numpy()
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    statistic = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    assert statistic < 31.3  # 11 degrees of freedom, one in a thousand
+
+
+def test_prompts_of_base_and_adapters_are_scored_together(setting: Setting) -> None:
+    prompts = [PROMPT, PROMPT[:4], (*PROMPT, *range(40, 60))]
+    asked = [
+        request(prompt=prompt, adapter=name, max_tokens=1, prompt_logprobs=True)
+        for prompt, name in itertools.product(prompts, NAMES)
+    ]
+    for result, each in zip(setting.sample(*asked), asked, strict=True):
+        logprobs = logits_of(setting.truth(each.adapter), each.prompt)[:-1].log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor(each.prompt[1:])[:, None])[:, 0]
+        assert result.prompt_logprobs is not None
+        assert np.isnan(result.prompt_logprobs[0])
+        assert_close(result.prompt_logprobs[1:], own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_prompt_is_scored_in_every_way(
+    setting: Setting, name: str | None, num_samples: int
+) -> None:
+    targets = np.array([[5, -1], [7, 9]] * 4, np.int64)
+    asked = request(
+        adapter=name, max_tokens=1, prompt_logprobs=True, prompt_logprobs_last_n=3,
+        topk_prompt_logprobs=2, target_prompt_tokens=targets, prompt_alt_tokens_k=3,
+        temperature=0.5, num_samples=num_samples,
+    )  # fmt: skip
+    (found,) = setting.sample(asked)
+    assert len(found.sequences) == num_samples
+    logprobs = logits_of(setting.truth(name), PROMPT)[:-1].log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    assert found.prompt_logprobs is not None
+    assert np.isnan(found.prompt_logprobs[:6]).all()
+    assert_close(found.prompt_logprobs[6:], own[5:])
+    assert found.prompt_topk is not None
+    assert (found.prompt_topk.tokens[:6] == 0).all()
+    assert_close(found.prompt_topk.logprobs[6:], logprobs.topk(2).values[5:])
+    wanted = logprobs.gather(1, torch.tensor(targets).clamp(min=0))
+    assert found.target_prompt_logprobs is not None
+    assert_close(
+        found.target_prompt_logprobs, wanted.masked_fill(torch.tensor(targets) < 0, np.nan)
+    )
+    logits = logits_of(setting.truth(name), PROMPT)[:-1] / 0.5
+    assert found.prompt_alt_tokens is not None
+    assert found.prompt_alt_logprobs is not None
+    alts = logits.log_softmax(-1).gather(1, torch.tensor(found.prompt_alt_tokens).long())
+    assert_close(found.prompt_alt_logprobs, alts)
+
+
+def test_a_text_that_spans_tokens_ends_a_sequence_and_stays_in_it(setting: Setting) -> None:
+    seed, tokens, stop = _spanning(setting)
+    (stopped,) = setting.sample(request(max_tokens=40, seed=seed, stop=(stop,)))
+    sequence = stopped.sequences[0]
+    assert sequence.stop_reason == "stop"
+    assert sequence.tokens == tokens[: len(sequence.tokens)]
+    assert stop in setting.tokenizer.decode(sequence.tokens)
+    assert stop not in setting.tokenizer.decode(sequence.tokens[:-1])
+
+
+def _spanning(setting: Setting) -> tuple[int, list[int], str]:
+    """Return a seed, what it draws, and a text of two letters that two tokens share."""
+    for seed in range(100):
+        (free,) = setting.sample(request(max_tokens=40, seed=seed))
+        tokens = free.sequences[0].tokens
+        texts = [setting.tokenizer.decode([token]) for token in tokens]
+        for one, two in itertools.pairwise(texts[3:38]):
+            if all(each and each.isascii() and each.isprintable() for each in (one, two)):
+                return seed, tokens, one[-1] + two[0]
+    raise AssertionError("no two tokens in a row are plain text")
+
+
+def test_token_ids_end_a_sequence_and_stay_in_it(setting: Setting) -> None:
+    (free,) = setting.sample(request(max_tokens=40, seed=11))
+    tokens = free.sequences[0].tokens
+    (stopped,) = setting.sample(request(max_tokens=40, seed=11, stop=(tokens[9],)))
+    assert stopped.sequences[0].tokens == tokens[: tokens.index(tokens[9]) + 1]
+    assert stopped.sequences[0].stop_reason == "stop"
+
+
+def test_the_models_end_ends_a_sequence_unless_nothing_may(setting: Setting) -> None:
+    end = setting.tokenizer.eos_token_id
+    # Of the 512 tokens one is the end: a few hundred sequences of 40 meet it.
+    asked = {"num_samples": 96, "max_tokens": 40, "temperature": 2.0, "seed": 1}
+    free, ended = setting.sample(request(**asked), request(**asked, stop=None))
+    assert all(len(each.tokens) == 40 for each in free.sequences)
+    met = 0
+    for without, with_end in zip(free.sequences, ended.sequences, strict=True):
+        if end in without.tokens:
+            met += 1
+            assert with_end.tokens == without.tokens[: without.tokens.index(end) + 1]
+            assert with_end.stop_reason == "stop"
+        else:
+            assert with_end.tokens == without.tokens
+    assert met > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_tells_what_the_whole_request_would(setting: Setting, temperature: float) -> None:
+    asked = request(
+        num_samples=2, seed=5, adapter="a", temperature=temperature, topk_sample_logprobs=2
+    )
+
+    async def collect() -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {0: [], 1: []}
+        async for piece in setting.sampler.stream(asked):
+            found[piece.index] += piece.tokens
+            assert piece.topk is not None
+            assert len(piece.topk.tokens) == len(piece.tokens) == len(piece.logprobs)
+        return found
+
+    (whole,) = setting.sample(asked)
+    assert setting.runner.run(collect()) == dict(enumerate(s.tokens for s in whole.sequences))
+
+
+def test_a_cancelled_request_makes_room(setting: Setting) -> None:
+    async def run() -> SampleResult:
+        endless = request(num_samples=32, max_tokens=2000)
+        task = asyncio.ensure_future(setting.sampler.sample(endless))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await asyncio.wait([task])
+        return await asyncio.wait_for(setting.sampler.sample(request(num_samples=2)), 5)
+
+    assert len(setting.runner.run(run()).sequences) == 2
+    assert setting.sampler.status().running == 0
+
+
+def test_what_cannot_be_drawn_is_refused_by_name(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no adapter 'none'"):
+        setting.sample(request(adapter="none"))
+    with pytest.raises(DataError, match="512"):
+        setting.sample(request(prompt=(5, 512)))
+    with pytest.raises(DataError, match=r"0\.01 to 2"):
+        setting.sample(request(temperature=2.5))
+    with pytest.raises(ConfigError, match="cannot load adapter 'empty'"):
+        setting.runner.run(setting.sampler.load_adapter("empty", tmp_path))
+
+
+def test_adapters_that_were_evicted_answer_again(setting: Setting, tmp_path: Path) -> None:
+    """Five adapters where three have room: each is asked twice, with the others between."""
+    folders = {f"e{n}": setting.adapter(tmp_path / f"e{n}", 50 + n, LINEARS) for n in range(3)}
+    for name, folder in folders.items():
+        setting.runner.run(setting.sampler.load_adapter(name, folder))
+    for name in [*setting.folders, *folders, *setting.folders, *folders]:
+        (result,) = setting.sample(request(adapter=name))
+        assert_agrees(setting.truth(name, folders.get(name)), result)
+    for name in folders:
+        setting.runner.run(setting.sampler.unload_adapter(name))
+    assert setting.sampler.status().adapters == ["a", "b"]
+
+
+def assert_agrees(model: Any, result: SampleResult) -> None:
+    """Compare a sample's log-probabilities with those of Transformers and PEFT."""
+    for sequence in result.sequences:
+        logits = logits_of(model, (*PROMPT, *sequence.tokens))[len(PROMPT) - 1 : -1]
+        chosen = torch.tensor(sequence.tokens)[:, None]
+        assert_close(sequence.logprobs, logits.log_softmax(-1).gather(1, chosen)[:, 0])
+
+
+class Publishing:
+    """Twenty versions follow each other, while base and adapters are sampled all the time."""
+
+    def __init__(self, sampler: VllmSampler, folders: dict[str, Path]) -> None:
+        self.sampler, self.folders = sampler, folders
+        self.drawn: list[tuple[str | None, SampleResult]] = []
+        self._live: str | None = None
+        self._is_over = False
+
+    async def run(self) -> None:
+        """Load each version, wait for its first sample, and let the one before go."""
+        tasks = [asyncio.create_task(self._draw(number)) for number in range(4)]
+        unloads = []
+        for name, folder in self.folders.items():
+            await self.sampler.load_adapter(name, folder)
+            old, self._live = self._live, name
+            if old is not None:
+                unloads.append(asyncio.create_task(self.sampler.unload_adapter(old)))
+            while not any(each == name for each, _ in self.drawn):
+                await asyncio.sleep(0.01)
+        self._is_over = True
+        await asyncio.gather(*tasks, *unloads)
+
+    async def _draw(self, number: int) -> None:
+        """Draw from the newest version, or, one task of four, from the base."""
+        while not self._is_over:
+            name = self._live if number else None
+            result = await self.sampler.sample(request(adapter=name, max_tokens=6))
+            self.drawn.append((name, result))
+
+
+def test_every_sample_agrees_with_the_version_that_it_names(
+    setting: Setting, tmp_path: Path
+) -> None:
+    targets = [LINEARS, [*LINEARS, "lm_head"]]
+    folders = {
+        f"v{n}": setting.adapter(tmp_path / f"v{n}", 100 + n, targets[n % 2]) for n in range(20)
+    }
+    publishing = Publishing(setting.sampler, folders)
+    setting.runner.run(publishing.run())
+    assert {name for name, _ in publishing.drawn} == {*folders, None}
+    for name in (*folders, None):
+        model = setting.truth(name, folders.get(str(name)))
+        for named, result in publishing.drawn:
+            if named == name:
+                assert_agrees(model, result)
+    setting.runner.run(setting.sampler.unload_adapter("v19"))
+
+
+def test_an_engine_that_is_killed_comes_back_with_its_adapters(setting: Setting) -> None:
+    asked = request(adapter="b", num_samples=2, seed=2, max_tokens=300)
+    (before,) = setting.sample(asked)
+
+    async def run() -> SampleResult:
+        task = asyncio.ensure_future(setting.sampler.sample(asked))
+        await asyncio.sleep(0.1)
+        guardian = setting.sampler.status().more["pid"]
+        children = Path(f"/proc/{guardian}/task/{guardian}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        return await task
+
+    after = setting.runner.run(run())
+    assert [s.tokens for s in after.sequences] == [s.tokens for s in before.sequences]
+    assert setting.sampler.status().restarts == 1
+    assert setting.sampler.status().adapters == ["a", "b"]
+    (other,) = setting.sample(request(adapter="a"))
+    assert_agrees(setting.truth("a"), other)
+
+
+def test_the_service_samples_with_vllm_from_what_was_trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The service itself compares trainer and sampler before a version is sampled from."""
+    base = make_base(tmp_path_factory.mktemp("base") / "base")
+    server = Server(base, tmp_path_factory.mktemp("service"), "--sampler", "vllm")
+    server.start()
+    try:
+        warnings.simplefilter("ignore")
+        service = tinker.ServiceClient(base_url=server.url, api_key=server.key)
+        training = service.create_lora_training_client(base_model=NAME, rank=4, seed=1).result()
+        ids = list(range(5, 26))
+        datum = types.Datum(
+            model_input=types.ModelInput.from_ints(ids[:-1]),
+            loss_fn_inputs={
+                "target_tokens": types.TensorData(data=ids[1:], dtype="int64", shape=[20])
+            },
+        )
+        training.forward_backward([datum], "cross_entropy").result()
+        training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        sampler = training.save_weights_and_get_sampling_client()
+        scored = training.forward([datum], "cross_entropy").result()
+        trained = list(scored.loss_fn_outputs[0]["logprobs"].data)
+        found = sampler.compute_logprobs(types.ModelInput.from_ints(ids)).result()
+        np.testing.assert_allclose(found[1:], trained, atol=TOLERANCE)
+        params = types.SamplingParams(max_tokens=6, seed=3, temperature=1.0, stop=[])
+        drawn = sampler.sample(types.ModelInput.from_ints(ids[:5]), 3, params).result().sequences
+        assert len({tuple(each.tokens) for each in drawn}) == 3
+        assert server.key not in server.log.replace(f"API key: {server.key}", "")
+    finally:
+        assert server.stop() == 0
