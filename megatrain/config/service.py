@@ -50,7 +50,7 @@ class SamplerConfig(_Options):
     kv_cache_bytes: PositiveInt | None = None
     """Size of vLLM's KV cache on each device; None: what is left of its share of memory, and 1 GiB
     on processors."""
-    vllm: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    vllm: dict[str, bool | int | float | str | list[str]] = Field(default_factory=dict)
     """Further options of vLLM's server by their names, such as `{"enforce-eager": true}`."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Type of the engine's parameters; auto: as the trainer's."""

@@ -1,14 +1,52 @@
-"""The ends of Tinker's clients: they would ask for their sessions, and hold sockets, to the end."""
+"""Tinker's clients in tests: made, fed, and closed."""
 
 import gc
+import random
+import warnings
+from typing import TYPE_CHECKING
+
+import tinker
+from tinker import types
+from tinker.lib.internal_client_holder import InternalClientHolder
+
+if TYPE_CHECKING:
+    from tests.service.server import Server
 
 CLOSE_S = 30.0
 
 
 def close_clients() -> None:
-    """Close every client of the SDK in this process, and wait until it is closed."""
-    from tinker.lib.internal_client_holder import InternalClientHolder
+    """Close every client of the SDK in this process, and wait until it is closed.
 
+    One that is left asks for its session, and holds sockets, to the end of the process.
+    """
     holders = [each for each in gc.get_objects() if type(each) is InternalClientHolder]
     for holder in holders:
         holder.run_coroutine_threadsafe(holder.aclose()).result(CLOSE_S)
+
+
+def client(server: "Server", key: str | None = None) -> tinker.ServiceClient:
+    warnings.simplefilter("ignore")
+    return tinker.ServiceClient(base_url=server.url, api_key=key or server.key)
+
+
+def tokens(seed: int, size: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(1, 100) for _ in range(size)]
+
+
+def datum(seed: int, size: int = 12, **inputs: list[float]) -> types.Datum:
+    ids = tokens(seed, size + 1)
+    targets = types.TensorData(data=ids[1:], dtype="int64", shape=[size])
+    floats = {
+        name: types.TensorData(data=values, dtype="float32", shape=[len(values)])
+        for name, values in inputs.items()
+    }
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(ids[:-1]),
+        loss_fn_inputs={"target_tokens": targets, **floats},
+    )
+
+
+def logprobs(result) -> list[list[float]]:
+    return [list(each["logprobs"].data) for each in result.loss_fn_outputs]

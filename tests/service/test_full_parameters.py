@@ -1,7 +1,5 @@
 """Runs that train every parameter, one at a time, through the service and the official client."""
 
-import warnings
-
 import numpy as np
 import pytest
 import tinker
@@ -10,8 +8,8 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 from megatrain.tinker import create_full_training_client
+from tests.service.sdk_clients import client, datum, logprobs
 from tests.service.server import NAME, Server
-from tests.service.test_sdk import datum, logprobs
 from tests.service.truth import Truth
 
 pytestmark = [
@@ -32,11 +30,6 @@ def server(tmp_path_factory, checkpoints):
     server.start()
     yield server
     assert server.stop() == 0
-
-
-def client(server: Server) -> tinker.ServiceClient:
-    warnings.simplefilter("ignore")
-    return tinker.ServiceClient(base_url=server.url, api_key=server.key)
 
 
 def forward(training) -> np.ndarray:

@@ -267,6 +267,19 @@ def test_bombs_and_bodies_without_end_are_refused(server, honest, hostile):
             assert endless.status_code == 413
 
 
+def test_a_text_that_is_far_too_long_holds_up_nobody(server, honest, hostile):
+    with hostile.client(server) as http:
+        text = "hello w " * (1 << 20)
+        chat = {"model": NAME, "messages": [{"role": "user", "content": text}]}
+        for path, body in (
+            ("/v1/completions", {"model": NAME, "prompt": text, "max_tokens": 1}),
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", chat | {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ):
+            answer = send(http, path, json.dumps(body).encode(), JSON)
+            assert answer.status_code in (400, 413)
+
+
 def _endless() -> Iterator[bytes]:
     for _ in range(200):
         yield bytes(1 << 20)

@@ -13,8 +13,8 @@ import pytest
 import tinker
 from tinker import types
 
+from tests.service.sdk_clients import datum
 from tests.service.server import NAME, Server
-from tests.service.test_sdk import datum
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -8,6 +8,8 @@ from megatrain.sampler.transformers_sampler import device_list
 from megatrain.sampler.vllm.checkpoint import has_tokenizer
 from megatrain.sampler.vllm.environment import Environment
 
+Option = bool | int | float | str | list[str]
+"""What an option of vLLM's server may be; True and False are --NAME and --no-NAME."""
 BASE = "base"
 """The base's name in the engines that we start."""
 PLUGIN = Path(__file__).with_name("plugin")
@@ -16,7 +18,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_LOGPROBS = 256
 """Tokens of one position that vLLM tells of; more than the service's limits let through."""
 CPU_CACHE_BYTES = 1 << 30
-NEEDED: dict[str, str | int | float | bool] = {
+NEEDED: dict[str, Option] = {
     "enable-lora": True,
     # Log-probabilities are of the distribution that was sampled from.
     "logprobs-mode": "processed_logprobs",
@@ -50,7 +52,7 @@ def command(
 
     Raises ConfigError for options of SamplerConfig that do not go together.
     """
-    options: dict[str, str | int | float | bool] = {
+    options: dict[str, Option] = {
         "model": model,
         "served-model-name": BASE,
         "uds": str(socket),
@@ -81,7 +83,7 @@ def command(
     return [str(environment.python), "-P", "-m", module, *_flags(options | _further(config))]
 
 
-def _further(config: SamplerConfig) -> dict[str, str | int | float | bool]:
+def _further(config: SamplerConfig) -> dict[str, Option]:
     found = {name.lstrip("-").replace("_", "-"): value for name, value in config.vllm.items()}
     if taken := sorted(OURS & set(found)):
         raise ConfigError(
@@ -91,7 +93,7 @@ def _further(config: SamplerConfig) -> dict[str, str | int | float | bool]:
     return found
 
 
-def _flags(options: dict[str, str | int | float | bool]) -> list[str]:
+def _flags(options: dict[str, Option]) -> list[str]:
     flags: list[str] = []
     for name, value in options.items():
         if value is True:
@@ -99,7 +101,7 @@ def _flags(options: dict[str, str | int | float | bool]) -> list[str]:
         elif value is False:
             flags.append(f"--no-{name}")
         else:
-            flags += [f"--{name}", str(value)]
+            flags += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return flags
 
 

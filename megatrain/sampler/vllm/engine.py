@@ -148,7 +148,7 @@ class OwnEngine(_Watched):
             if ended.done():
                 return f"it ended with {ended.result()}"
             await process.end()
-            return silent.result()
+            return f"{silent.result()}; it ended with {await process.wait()}"
         finally:
             for task in (ended, silent):
                 task.cancel()

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatrain.config.service import SamplerConfig
@@ -16,10 +16,12 @@ from megatrain.sampler.vllm.answer import piece
 from megatrain.sampler.vllm.checkpoint import ends_of, has_tokenizer
 from megatrain.sampler.vllm.client import LostError, UnknownModelError
 from megatrain.sampler.vllm.draw import Draw
-from megatrain.sampler.vllm.engine import START_S, Engine, FoundEngine, OwnEngine
+from megatrain.sampler.vllm.engine import Engine, FoundEngine, OwnEngine
 from megatrain.sampler.vllm.environment import Environment
 from megatrain.sampler.vllm.request import bodies, check
 
+WAIT_S = 600.0
+"""Seconds that a request waits for an engine which starts again."""
 CONFIRM_S = 60.0
 """Seconds in which the watch notices that an engine which did not answer is gone."""
 TRIES = 3
@@ -55,7 +57,7 @@ class VllmSampler:
         self._abilities = Abilities()
         self._narrow = asyncio.Semaphore(config.max_batch)
         self._running, self._is_started = 0, False
-        self._keeper = Keeper("vllm", self._launch, self._lost, wait_s=START_S)
+        self._keeper = Keeper("vllm", self._launch, self._lost, wait_s=WAIT_S)
 
     async def start(self) -> None:
         """Start the engine, and wait until it answers.  Raises SamplerError, ConfigError."""
@@ -101,7 +103,7 @@ class VllmSampler:
 
     def status(self) -> SamplerStatus:
         """Return how it is."""
-        pid = self._engine.pid
+        pid = {} if self._engine.pid is None else {"pid": self._engine.pid}
         return SamplerStatus(
             engine="vllm",
             ready=self._keeper.is_ready,
@@ -110,7 +112,7 @@ class VllmSampler:
             waiting=max(0, self._running - self._config.max_batch),
             restarts=self._keeper.restarts,
             error=self._keeper.error,
-            more={} if pid is None else {"pid": pid},
+            more=pid | asdict(self._abilities),
         )
 
     @contextlib.asynccontextmanager

@@ -14,6 +14,7 @@ from megatrain.config.service import SamplerConfig
 from megatrain.errors import ConfigError, PlatformError
 from megatrain.sampler.choose import make_sampler
 from megatrain.sampler.transformers_sampler import TransformersSampler
+from megatrain.sampler.vllm.adapter_files import read
 from megatrain.sampler.vllm.command import command, variables
 from megatrain.sampler.vllm.environment import (
     MARKER,
@@ -153,7 +154,8 @@ def test_every_option_reaches_vllm():
     found = line(
         "cuda", tp=4, max_adapters=5, max_loras=3, max_lora_rank=20, max_batch=7,
         max_model_len=100, gpu_memory_utilization=0.5, kv_cache_bytes=1000,
-        vllm={"enforce_eager": True, "enable-prefix-caching": False, "block-size": 32},
+        vllm={"enforce_eager": True, "enable-prefix-caching": False, "block-size": 32,
+              "lora-target-modules": ["a", "b"]},
     )  # fmt: skip
     text = " ".join(found)
     assert found[:4] == ["/env/bin/python", "-P", "-m", "vllm.entrypoints.openai.api_server"]
@@ -162,6 +164,7 @@ def test_every_option_reaches_vllm():
         "--max-cpu-loras 5", "--max-loras 3", "--max-lora-rank 32", "--max-num-seqs 7",
         "--max-model-len 100", "--gpu-memory-utilization 0.5", "--kv-cache-memory-bytes 1000",
         "--enforce-eager", "--no-enable-prefix-caching", "--block-size 32",
+        "--lora-target-modules a b",
         "--logprobs-mode processed_logprobs", "--skip-tokenizer-init",
     ):  # fmt: skip
         assert option in text
@@ -221,6 +224,13 @@ def test_the_command_line_names_an_engine_or_an_address(options, engine, address
 def test_options_that_do_not_go_together_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         SamplerConfig(**options)
+
+
+def test_a_rank_beyond_the_engines_is_refused_before_it_is_loaded(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 16}')
+    with pytest.raises(ConfigError, match="rank 16, and the engine takes 8"):
+        read("a", tmp_path, max_rank=8)
+    assert not read("a", tmp_path, max_rank=None).is_stacked
 
 
 def test_a_marker_that_is_no_json_is_no_installation(home):

@@ -37,7 +37,7 @@ def tracing(exporter) -> Tracing:
 def app_with(tracing: Tracing) -> FastAPI:
     app = FastAPI()
 
-    @app.get("/work/{name}")
+    @app.get("/thing/{name}")
     async def work(name: str) -> dict[str, str]:
         note, now = current(), time.monotonic()
         timing = Timing(now - 4, now - 3, now - 2, now - 1, now, Spent(0.9, 0.5), members=2)
@@ -64,10 +64,10 @@ def ask(app: FastAPI, path: str, **headers: str) -> httpx.Response:
 
 
 def test_a_request_is_a_tree_of_spans_under_the_clients_own(tracing, exporter):
-    answer = ask(app_with(tracing), "/work/good", traceparent=f"00-{TRACE}-{PARENT}-01")
+    answer = ask(app_with(tracing), "/things/good", traceparent=f"00-{TRACE}-{PARENT}-01")
     assert answer.json() == {"trace": TRACE}
     spans = {span.name: span for span in exporter.get_finished_spans()}
-    http, asked = spans.pop("GET /work/{name}"), spans.pop("forward_backward")
+    http, asked = spans.pop("GET /things/{name}"), spans.pop("forward_backward")
     assert f"{http.parent.span_id:016x}" == PARENT
     assert asked.parent.span_id == http.context.span_id
     assert list(spans) == ["commit", "queue", "submit", "bus", "ranks", "result"]
@@ -80,7 +80,7 @@ def test_a_request_is_a_tree_of_spans_under_the_clients_own(tracing, exporter):
 
 
 def test_a_failure_is_a_failure_in_its_span(tracing, exporter):
-    ask(app_with(tracing), "/work/bad")
+    ask(app_with(tracing), "/thing/bad")
     failed = [s.name for s in exporter.get_finished_spans() if not s.status.is_ok]
     assert "forward_backward" in failed
 
@@ -115,7 +115,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 def test_spans_can_be_written_to_the_console(capsys):
     tracing = make_tracing({"OTEL_TRACES_EXPORTER": "console", "OTEL_SERVICE_NAME": "mine"})
-    ask(app_with(tracing), "/work/good")
+    ask(app_with(tracing), "/things/good")
     tracing.close()
     said = capsys.readouterr().out
     assert '"service.name": "mine"' in said
