@@ -38,6 +38,8 @@ from megatrain.service.wire.body_cap import BodyCap
 logger = logging.getLogger(__name__)
 
 PREFIX = "/api/v1"
+MAX_TEXT_BYTES = 8 << 20
+"""Of a body with texts, over a million tokens: it is parsed while others wait."""
 
 
 def create_app(hub: Hub, tracing: Tracing | None = None) -> FastAPI:
@@ -77,8 +79,9 @@ def _authenticate_for(hub: Hub) -> Callable[[Request, str], Awaitable[Principal]
 
 def _larger(hub: Hub) -> dict[str, int]:
     """Return the caps of endpoints whose bodies may be large, which they count themselves too."""
-    paths = ("/forward_backward", "/forward", "/asample", "/completions")
-    return dict.fromkeys(paths, hub.config.limits.max_body_bytes)
+    most = hub.config.limits.max_body_bytes
+    paths = dict.fromkeys(("/forward_backward", "/forward", "/asample"), most)
+    return paths | {"/completions": min(most, MAX_TEXT_BYTES)}
 
 
 def status_of(error: MegatrainError) -> int:

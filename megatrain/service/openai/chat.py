@@ -34,12 +34,15 @@ class Chat:
             "model": body.model,
         }
 
-    def request(self, model: TextModel) -> SampleRequest:
+    def asked(self, model: TextModel) -> SampleRequest:
         """Return what is asked of the sampler.  Raises DataError."""
         body = self._body
         if body.top_logprobs is not None and not body.logprobs:
             raise DataError("top_logprobs needs logprobs", hint="set logprobs to true")
-        prompt = model.prompt(body.messages, self._tools, body.chat_template_kwargs)
+        context = self._target.max_context_length
+        prompt = model.prompt(
+            body.messages, self._tools, body.chat_template_kwargs, context=context
+        )
         most = body.max_completion_tokens or body.max_tokens
         return to_request(body, prompt, model, self._target, most=most, top=self._top)
 

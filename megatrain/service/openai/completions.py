@@ -36,16 +36,17 @@ class Completion:
             "model": body.model,
         }
 
-    def requests(self, model: TextModel) -> list[SampleRequest]:
+    def asked(self, model: TextModel) -> list[SampleRequest]:
         """Return what is asked of the sampler, for each prompt.  Raises DataError."""
         body = self._body
         if body.echo and body.logprobs is not None:
             raise DataError("echo with logprobs is not supported here", hint="ask for one of them")
+        context = self._target.max_context_length
         most = MAX_TOKENS if body.max_tokens is None else body.max_tokens
         return [
             to_request(
                 body,
-                model.encode(each) if isinstance(each, str) else tuple(each),
+                model.encode(each, context=context) if isinstance(each, str) else tuple(each),
                 model,
                 self._target,
                 most=most,

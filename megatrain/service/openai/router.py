@@ -13,7 +13,7 @@ from megatrain.service.openai.answer import events
 from megatrain.service.openai.chat import Chat
 from megatrain.service.openai.completions import Completion
 from megatrain.service.openai.errors import OpenAIRoute
-from megatrain.service.openai.ports import Authenticate, Completer, Model
+from megatrain.service.openai.ports import Authenticate, Completer, Model, Target
 from megatrain.service.openai.schema import ChatBody, CompletionBody
 from megatrain.service.openai.text_model import text_model
 
@@ -28,7 +28,6 @@ def make_router(completer: Completer, authenticate: Authenticate) -> APIRouter:
     for prefix in PREFIXES:
         _add_models(router, prefix, completer, authenticate)
         _add_completions(router, prefix, completer, authenticate)
-        _add_chat(router, prefix, completer, authenticate)
     return router
 
 
@@ -68,28 +67,25 @@ def _add_completions(
         """Continue prompts."""
         who = await authenticate(request, "sample")
         target = await completer.resolve(who, body.model)
-        model = await asyncio.to_thread(text_model, target.folder)
-        completion = Completion(completer, who, target, body)
-        asked = completion.requests(model)
-        if body.stream:
-            return _stream(completion.chunks(model, asked))
-        return JSONResponse(await completion.answer(model, asked))
+        work = Completion(completer, who, target, body)
+        return await _respond(work, target, is_stream=bool(body.stream))
 
-
-def _add_chat(
-    router: APIRouter, prefix: str, completer: Completer, authenticate: Authenticate
-) -> None:
     @router.post(f"{prefix}/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a chat."""
         who = await authenticate(request, "sample")
         target = await completer.resolve(who, body.model)
-        model = await asyncio.to_thread(text_model, target.folder)
-        asked_of = Chat(completer, who, target, body)
-        asked = asked_of.request(model)
-        if body.stream:
-            return _stream(asked_of.chunks(model, asked))
-        return JSONResponse(await asked_of.answer(model, asked))
+        work = Chat(completer, who, target, body)
+        return await _respond(work, target, is_stream=bool(body.stream))
+
+
+async def _respond(work: Completion | Chat, target: Target, *, is_stream: bool) -> Response:
+    # Long texts take seconds, in which others go on.
+    model = await asyncio.to_thread(text_model, target.folder)
+    asked: Any = await asyncio.to_thread(work.asked, model)
+    if is_stream:
+        return _stream(work.chunks(model, asked))
+    return JSONResponse(await work.answer(model, asked))
 
 
 def _stream(chunks: AsyncIterator[Json]) -> StreamingResponse:

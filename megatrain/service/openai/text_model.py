@@ -7,13 +7,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from megatrain.errors import ConfigError, DataError
 
 Json = dict[str, Any]
+
+MAX_TOKEN_CHARACTERS = 64
+"""Tokens are shorter, but for long runs of white space."""
+REFUSALS = (TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
+"""What templates raise for messages that they do not expect."""
 
 
 class TextModel:
@@ -42,16 +49,30 @@ class TextModel:
         texts.append(_text(self._config.get("eos_token")))
         return tuple(dict.fromkeys(text for text in texts if text))
 
-    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Return token ids; `special`: with what the tokenizer puts around a text."""
+    def encode(self, text: str, *, context: int, special: bool = True) -> tuple[int, ...]:
+        """Return token ids; `special`: with what the tokenizer puts around a text.
+
+        Raises DataError for what cannot be written in Unicode, and, before it costs seconds, for a
+        text that is far too long for `context` tokens.
+        """
+        if len(text) > MAX_TOKEN_CHARACTERS * context:
+            raise DataError(
+                f"a text of {len(text)} characters is longer than the context of {context} tokens"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"this is no text in Unicode: {error}") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Return the text; `special`: with special tokens written out."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
-    def prompt(self, messages: list[Json], tools: list[Json] | None, more: Json) -> tuple[int, ...]:
-        """Return a chat's prompt, up to where the assistant begins.
+    def prompt(
+        self, messages: list[Json], tools: list[Json] | None, more: Json, *, context: int
+    ) -> tuple[int, ...]:
+        """Return a chat's prompt, up to where the assistant begins, for `context` tokens.
 
         `more` are further variables of the template.  Raises DataError for a base without a
         template, and for messages that the template refuses.
@@ -65,9 +86,9 @@ class TextModel:
         known = {"messages": messages, "tools": tools, "add_generation_prompt": True}
         try:
             text = _environment().from_string(self._template).render({**tokens, **more, **known})
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (TemplateError, *REFUSALS) as error:
             raise DataError(f"the chat template refuses these messages: {error}") from error
-        return self.encode(text, special=False)
+        return self.encode(text, context=context, special=False)
 
 
 @functools.lru_cache(maxsize=16)
@@ -76,10 +97,21 @@ def text_model(folder: Path) -> TextModel:
     return TextModel(folder)
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks for training what an assistant says; here it is only written."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands between the marks."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

@@ -39,3 +39,6 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=1 << 40)]
 
 Json = dict[str, Any]
+
+LARGE_BYTES = 1 << 16
+"""A body from here on is parsed in a thread."""

@@ -1,5 +1,6 @@
 """Sampling sessions and samples."""
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse
 from megatrain.errors import MegatrainError
 from megatrain.service.auth.principal import Principal
 from megatrain.service.hub import Hub
-from megatrain.service.tinker.access import Json, Reader, Sampler, TheHub
+from megatrain.service.tinker.access import LARGE_BYTES, Json, Reader, Sampler, TheHub
 from megatrain.service.wire.bodies import parse_model, read_body
 from megatrain.service.wire.sampling import to_sample_request
 from megatrain.service.wire.schema import (
@@ -63,7 +64,10 @@ async def asample(request: Request, hub: TheHub, who: Sampler) -> Any:
     """Draw sequences after a prompt."""
     hub.check_ready()
     raw = await read_body(request, hub.config.limits.max_body_bytes)
-    body = parse_model(SampleBody, raw)
+    if len(raw) < LARGE_BYTES:
+        body = parse_model(SampleBody, raw)
+    else:
+        body = await asyncio.to_thread(parse_model, SampleBody, raw)
     session = body.sampling_session_id
     if session is None:
         return JSONResponse({"detail": "a sample needs a sampling_session_id"}, 400)

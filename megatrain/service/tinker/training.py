@@ -12,7 +12,7 @@ from megatrain.service.auth.principal import Principal
 from megatrain.service.deployment import Deployment
 from megatrain.service.hub import Hub
 from megatrain.service.intake import new_run
-from megatrain.service.tinker.access import Json, Reader, TheHub, Trainer
+from megatrain.service.tinker.access import LARGE_BYTES, Json, Reader, TheHub, Trainer
 from megatrain.service.wire.bodies import parse_json, read_body
 from megatrain.service.wire.check import check_pass
 from megatrain.service.wire.passes import decode_pass, json_to_pass
@@ -34,8 +34,6 @@ from megatrain.service.work.ticket import Ticket
 router = APIRouter(tags=["training"])
 
 DEFAULT_OPTIMIZER = {"type": "adamw"}
-LARGE_BYTES = 1 << 16
-"""A body from here on is parsed in a thread."""
 
 
 def accepted(ticket: Ticket) -> Json:

@@ -37,7 +37,7 @@ def tracing(exporter) -> Tracing:
 def app_with(tracing: Tracing) -> FastAPI:
     app = FastAPI()
 
-    @app.get("/thing/{name}")
+    @app.get("/things/{name}")
     async def work(name: str) -> dict[str, str]:
         note, now = current(), time.monotonic()
         timing = Timing(now - 4, now - 3, now - 2, now - 1, now, Spent(0.9, 0.5), members=2)
@@ -80,7 +80,7 @@ def test_a_request_is_a_tree_of_spans_under_the_clients_own(tracing, exporter):
 
 
 def test_a_failure_is_a_failure_in_its_span(tracing, exporter):
-    ask(app_with(tracing), "/thing/bad")
+    ask(app_with(tracing), "/things/bad")
     failed = [s.name for s in exporter.get_finished_spans() if not s.status.is_ok]
     assert "forward_backward" in failed
 
