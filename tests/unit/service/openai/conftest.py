@@ -22,8 +22,8 @@ from megatrain.service.openai.router import make_router
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 END = 256
 

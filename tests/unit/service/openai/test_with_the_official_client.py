@@ -186,6 +186,28 @@ def test_a_prompt_over_the_context_is_refused(client: AsyncOpenAI) -> None:
         asyncio.run(client.completions.create(model="base", prompt="a" * 1999, max_tokens=2))
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [(r"\ud800", "no text in Unicode"), ("a" * 200_000, "longer than the context")],
+)
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_text_that_cannot_be_tokenized_is_refused(
+    http: AsyncClient, text: str, rule: str, path: str
+) -> None:
+    asked = f'"prompt": "{text}"'
+    if path.startswith("chat"):
+        asked = f'"messages": [{{"role": "user", "content": "{text}"}}]'
+    answer = asyncio.run(
+        http.post(
+            f"/v1/{path}",
+            content=f'{{"model": "base", {asked}}}',
+            headers={"authorization": "Bearer tml-right", "content-type": "application/json"},
+        )
+    )
+    assert answer.status_code == 400
+    assert rule in answer.json()["error"]["message"]
+
+
 def test_a_wrong_key_is_refused_with_security_headers(
     client: AsyncOpenAI, http: AsyncClient
 ) -> None:
