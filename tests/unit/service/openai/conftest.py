@@ -22,7 +22,7 @@ from megatrain.service.openai.router import make_router
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}\n{% endgeneration %}"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 END = 256
