@@ -7,7 +7,6 @@ import random
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ import tinker
 from safetensors.numpy import load
 from tinker import types
 
+from tests.service.sdk_clients import client
 from tests.service.server import NAME, Server
 
 STEPS = 5
@@ -89,8 +89,7 @@ class Clients:
 
 def train(server: Server, seed: int, stepped: Callable[[], None]) -> Trained:
     """Train an adapter, saving, loading and sampling in between."""
-    warnings.simplefilter("ignore")
-    service = tinker.ServiceClient(base_url=server.url, api_key=server.key)
+    service = client(server)
     training = service.create_lora_training_client(base_model=NAME, rank=4, seed=seed).result()
     found, draw = Trained(), random.Random(seed)
     for step in range(STEPS):
@@ -107,6 +106,7 @@ def train(server: Server, seed: int, stepped: Callable[[], None]) -> Trained:
         stepped()
     path = training.save_weights_external("final").result().path
     found.adapter = download(service, path)
+    service.close("success").result()
     return found
 
 

@@ -4,6 +4,7 @@ A request is made twice: by somebody else, who must get `stranger`, and by the o
 `owner`: so what is refused is refused for whose it is.  A new route needs an entry in ROUTES.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from megatrain.service.hub import Hub
 from tests.service.server import NAME, Server
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
-DONE, SEQ = 5, 100
+DONE, SEQ = 4, 100
 """Numbers of requests of the owner's run: one that is done, and some that are accepted and wait."""
 
 
@@ -47,31 +48,59 @@ class Owned:
         """What nobody else must ever read."""
         return self.session, self.run, self.sampler, self.request
 
-    def client(self, server: Server) -> httpx.Client:
+    def client(self, server: Server, prefix: str = "") -> httpx.Client:
         """Return a client with this project's key."""
         headers = {"X-API-Key": self.key}
-        return httpx.Client(base_url=server.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=server.url + prefix, headers=headers, timeout=60)
 
 
 def own(server: Server, key: str) -> Owned:
     """Make one of everything."""
-    service = tinker.ServiceClient(base_url=server.url, api_key=key)
-    training = service.create_lora_training_client(base_model=NAME, rank=2, seed=1).result()
-    state = training.save_state("state").result().path
-    weights = training.save_weights_for_sampler("weights").result().path
-    training.save_weights_and_get_sampling_client()
-    taken = training.save_weights_external("taken").result().path
-    urls = service.create_rest_client().get_external_weights_urls(taken).result().urls
-    run = training.get_info().model_id
-    session = run.split(":")[0]
-    with httpx.Client(base_url=f"{server.url}/api/v1", headers={"X-API-Key": key}) as http:
-        made = {"session_id": session, "sampling_session_seq_id": 50, "base_model": NAME}
-        sampler = http.post("/create_sampling_session", json=made).json()["sampling_session_id"]
+    with httpx.Client(
+        base_url=f"{server.url}/api/v1", headers={"X-API-Key": key}, timeout=60
+    ) as http:
+        session = http.post("/create_session", json={}).json()["session_id"]
+        run = new_run(http, session, 0)
+
+        def done(route: str, seq: int, **body: Any) -> dict[str, Any]:
+            body |= {"model_id": run, "seq_id": seq}
+            return result(http, http.post(f"/{route}", json=body).json()["request_id"]).json()
+
+        state = done("save_weights", 1, path="state")["path"]
+        weights = done("save_weights_for_sampler", 2, path="weights")["path"]
+        done("save_weights_for_sampler", 3, sampling_session_seq_id=49)  # it is live
         step = {"model_id": run, "adam_params": {}, "seq_id": DONE}
         request = http.post("/optim_step", json=step).json()["request_id"]
-        http.post("/retrieve_future", json={"request_id": request}).raise_for_status()
+        result(http, request)
+        made = {"session_id": session, "sampling_session_seq_id": 50, "base_model": NAME}
+        sampler = http.post("/create_sampling_session", json=made).json()["sampling_session_id"]
+        one = f"/training_runs/{run}/checkpoints/weights/state"
+        urls = http.get(f"{one}/external_weights_urls").json()["urls"]
     ticket = next(iter(urls.values())).rsplit("/", 1)[1]
     return Owned(key, session, run, sampler, request, state, weights, ticket)
+
+
+def new_run(http: httpx.Client, session: str, number: int) -> str:
+    """Make a run, of whose API this is a client, and return its id."""
+    body = {
+        "session_id": session,
+        "model_seq_id": number,
+        "base_model": NAME,
+        "lora_config": {"rank": 2},
+    }
+    made = http.post("/create_model", json=body).raise_for_status().json()
+    result(http, made["request_id"])
+    return str(made["model_id"])
+
+
+def result(http: httpx.Client, request_id: str, within_s: float = 60.0) -> httpx.Response:
+    """Return a request's result, which must come in time."""
+    limit = time.monotonic() + within_s
+    while True:
+        answer = http.post("/retrieve_future", json={"request_id": request_id})
+        if answer.status_code != 408:
+            return answer.raise_for_status()
+        assert time.monotonic() < limit, f"request {request_id} has no result"
 
 
 @dataclass
@@ -338,7 +367,7 @@ ROUTES: dict[str, Route] = {
     **_openai("/v1"),
     **_openai("/oai/api/v1"),
     "GET /": anybody(),
-    "GET /console/assets/{name}": anybody(path={"name": "console.js"}),
+    "GET /console/assets/{name}": anybody(path={"name": "main.js"}),
     "GET /api/console": anybody(),
     "GET /api/console/state": lists(),
     "GET /api/console/runs/{run_id}": read(Case(of_run)),

@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-import tinker
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -33,12 +32,13 @@ from tests.fixtures.small_model import make_small_model
 from tests.service import mutations, routes
 from tests.service.clients import datum
 from tests.service.configured import ConfiguredServer
-from tests.service.routes import PROTOBUF, ROUTES, Owned, own
+from tests.service.routes import PROTOBUF, ROUTES, Owned, new_run, own, result
+from tests.service.sdk_clients import client
 from tests.service.server import NAME
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
-JSON = {"content-type": "application/json"}
+V1, JSON = "/api/v1", {"content-type": "application/json"}
 POLL_S, GAP_S = 1.0, 2.0
 LATE_S = 20.0
 """Seconds in which every answer comes, on two processors that do other things too."""
@@ -68,13 +68,14 @@ def server(tmp_path_factory):
 
 def train(server: ConfiguredServer, key: str, steps: int = 3) -> list[float]:
     """Return the losses and norms of a run that depend on nothing but its seed."""
-    service = tinker.ServiceClient(base_url=server.url, api_key=key)
+    service = client(server, key)
     training = service.create_lora_training_client(base_model=NAME, rank=2, seed=9).result()
     draw, found = random.Random(9), []
     for _ in range(steps):
         passed = training.forward_backward([datum(draw, 12)], "cross_entropy")
         moved = training.optim_step(types.AdamParams(learning_rate=1e-2))
         found += [passed.result().metrics["loss:sum"], moved.result().metrics["grad_norm"]]
+    service.close("success").result()
     return found
 
 
@@ -140,27 +141,16 @@ def send(http: httpx.Client, path: str, body: bytes, headers: dict[str, str]) ->
     return answer
 
 
-def result(http: httpx.Client, request_id: str) -> httpx.Response:
-    """Return a request's result, which must come."""
-    limit = time.monotonic() + LATE_S
-    while True:
-        answer = http.post("/api/v1/retrieve_future", json={"request_id": request_id})
-        if answer.status_code != 408:
-            assert answer.status_code < 500, answer.text
-            return answer
-        assert time.monotonic() < limit, f"request {request_id} has no result"
-
-
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_passes_that_are_damaged_end_as_errors_of_their_sender(server, honest, hostile, amount):
     draw = random.Random(amount)
-    with hostile.client(server) as http:
+    with hostile.client(server, V1) as http:
         for round_number in range(4 * amount):
             run, seq = new_run(http, hostile.session, 100 + round_number), 1
             waiting: list[str] = []
             for _ in range(40):
                 body = damaged_pass(draw, run, seq)
-                path = draw.choice(["/api/v1/forward_backward", "/api/v1/forward"])
+                path = draw.choice(["/forward_backward", "/forward"])
                 answer = send(http, path, body, dict(PROTOBUF))
                 if answer.status_code == 200:
                     waiting.append(answer.json()["request_id"])
@@ -180,18 +170,6 @@ def damaged_pass(draw: random.Random, run: str, seq: int) -> bytes:
     return routes.protobuf(run, draw.choice([seq, seq, 1, seq + 1]))
 
 
-def new_run(http: httpx.Client, session: str, number: int) -> str:
-    body = {
-        "session_id": session,
-        "model_seq_id": number,
-        "base_model": NAME,
-        "lora_config": {"rank": 2},
-    }
-    made = http.post("/api/v1/create_model", json=body).raise_for_status().json()
-    result(http, made["request_id"]).raise_for_status()
-    return str(made["model_id"])
-
-
 def test_what_is_wrong_with_a_body_is_said_before_any_rank_is_asked(tmp_path):
     """The whole application, without ranks: what cannot be parsed gets no further."""
     asyncio.run(_without_ranks(tmp_path))
@@ -204,7 +182,7 @@ async def _without_ranks(folder: Path) -> None:
     transport = httpx.ASGITransport(create_app(hub), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
         http.headers["X-API-Key"] = key
-        session = (await http.post("/api/v1/create_session", json={})).json()["session_id"]
+        session = (await http.post(V1 + "/create_session", json={})).json()["session_id"]
         nobody = nothing(key, session)
         for _ in range(20):
             for name, case in cases_with_json(nobody):
@@ -214,12 +192,12 @@ async def _without_ranks(folder: Path) -> None:
                 assert answer.status_code < 500, f"{name} {body[:300]!r}: {answer.text}"
         for value in ("\ud800", "\0", float("nan"), {"\ud800": 1}, [float("-inf")]):
             body = json.dumps({"user_metadata": {"a": value}}).encode()
-            await http.post("/api/v1/create_session", content=body, headers=JSON)
+            await http.post(V1 + "/create_session", content=body, headers=JSON)
         for number in range(10):
             paths = {"limit": 1, "offset": number}
-            for session in (await http.get("/api/v1/sessions", params=paths)).json()["sessions"]:
-                assert (await http.get(f"/api/v1/sessions/{session}")).status_code == 200
-        assert (await http.post("/api/v1/sessions/search", json={})).status_code == 200
+            for session in (await http.get(V1 + "/sessions", params=paths)).json()["sessions"]:
+                assert (await http.get(f"{V1}/sessions/{session}")).status_code == 200
+        assert (await http.post(V1 + "/sessions/search", json={})).status_code == 200
     await hub.close()
 
 
@@ -255,7 +233,10 @@ def test_json_with_values_that_nobody_wants_is_refused(server, honest, hostile, 
 
 
 def test_bombs_and_bodies_without_end_are_refused(server, honest, hostile):
-    paths = ("/api/v1/forward_backward", "/api/v1/asample", "/api/v1/optim_step", "/v1/completions")
+    paths = (
+        *(V1 + each for each in ("/forward_backward", "/asample", "/optim_step")),
+        "/v1/completions",
+    )
     with hostile.client(server) as http:
         for (body, headers), path in itertools.product(mutations.bombs(), paths):
             answer = send(http, path, body, headers | {"content-type": "application/x-protobuf"})
@@ -286,11 +267,11 @@ def _endless() -> Iterator[bytes]:
 
 
 def test_numbers_far_ahead_replayed_and_in_any_order_cost_nobody_anything(server, honest, hostile):
-    with hostile.client(server) as http:
+    with hostile.client(server, V1) as http:
         run = new_run(http, hostile.session, 90)
         numbers = [3, 1, 2, 1, 3, 2, 5, 4, 4]
         answers = [
-            send(http, "/api/v1/forward_backward", routes.protobuf(run, seq), dict(PROTOBUF))
+            send(http, "/forward_backward", routes.protobuf(run, seq), dict(PROTOBUF))
             for seq in numbers
         ]
         ids: dict[int, set[str]] = {}
@@ -300,11 +281,9 @@ def test_numbers_far_ahead_replayed_and_in_any_order_cost_nobody_anything(server
         for each in ids.values():
             assert result(http, each.pop()).headers["content-type"] == "application/x-protobuf"
         step = {"model_id": run, "seq_id": 6, "adam_params": {}}
-        said = http.post("/api/v1/optim_step", json=step).json()
+        said = http.post("/optim_step", json=step).json()
         assert result(http, said["request_id"]).json()["metrics"]["step"] == 1.0
-        far = send(
-            http, "/api/v1/forward_backward", routes.protobuf(run, 2**31 - 1), dict(PROTOBUF)
-        )
+        far = send(http, "/forward_backward", routes.protobuf(run, 2**31 - 1), dict(PROTOBUF))
         assert "never came" in result(http, far.json()["request_id"]).json()["error"]
 
 
@@ -313,8 +292,8 @@ def test_a_pass_that_is_refused_for_one_tenants_sake_is_done_for_the_others(
 ):
     """One is wrong from the start; an adapter that was taken down is found missing by the ranks."""
     other = server.create_key("--project", "busy")
-    with hostile.client(server) as http, own(server, other).client(server) as busy:
-        session = busy.post("/api/v1/create_session", json={}).json()["session_id"]
+    with hostile.client(server, V1) as http, own(server, other).client(server, V1) as busy:
+        session = busy.post("/create_session", json={}).json()["session_id"]
         occupied = [new_run(busy, session, number) for number in range(4)]
         for number in range(3):
             run = new_run(http, hostile.session, 80 + number)
@@ -323,7 +302,7 @@ def test_a_pass_that_is_refused_for_one_tenants_sake_is_done_for_the_others(
                 send_pass(busy, each, number + 1, large=True)
             wrong = send_pass(http, new_run(http, hostile.session, 180 + number), 1, wrong=True)
             before = send_pass(http, run, 1)
-            gone = http.post("/api/v1/unload_model", json={"model_id": run}).json()
+            gone = http.post("/unload_model", json={"model_id": run}).json()
             late = send_pass(http, run, 3)
             good = [send_pass(busy, kept, seq) for seq in range(1, 6)]
             for each in (before, *good):
@@ -339,7 +318,7 @@ def send_pass(
     body = routes.protobuf(run, seq, copies=1000 if large else 1)
     if wrong:
         body = mutations.with_nan(body)
-    answer = send(http, "/api/v1/forward_backward", body, dict(PROTOBUF))
+    answer = send(http, "/forward_backward", body, dict(PROTOBUF))
     return str(answer.json()["request_id"])
 
 
