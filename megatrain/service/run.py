@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import uvicorn
+import uvloop
 
 from megatrain.config.service import ServiceConfig
 from megatrain.errors import ConfigError, MegatrainError
@@ -39,7 +40,8 @@ def serve(config: ServiceConfig, *, prepare: Callable[[], None] | None = None) -
     tracing = make_tracing(os.environ)
     try:
         with _bind(config) as listener:
-            return asyncio.run(_serve(config, listener, prepare, tracing))
+            doing = _serve(config, listener, prepare, tracing)
+            return asyncio.run(doing, loop_factory=uvloop.new_event_loop)
     finally:
         if tracing is not None:
             tracing.close()

@@ -1,7 +1,6 @@
 """What an adapter's folder says, before vLLM reads it: some of it vLLM leaves out in silence."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatrain.errors import ConfigError
@@ -11,18 +10,11 @@ UNREAD = ("rank_pattern", "alpha_pattern", "modules_to_save")
 """Fields of PEFT's that vLLM does not look at, though they change what is computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """What matters of an adapter in PEFT's format."""
+def is_stacked(name: str, directory: Path, *, max_rank: int | None) -> bool:
+    """Tell whether an adapter has factors of all experts in one tensor, as PEFT writes them.
 
-    is_stacked: bool
-    """Whether factors of all experts are in one tensor, as PEFT writes them."""
-
-
-def read(name: str, directory: Path, *, max_rank: int | None) -> AdapterFiles:
-    """Read an adapter's configuration.
-
-    `max_rank`: what the engine was started for; None: unknown.  Raises ConfigError.
+    `max_rank`: what the engine was started for; None: unknown.  Raises ConfigError for an adapter
+    that cannot be read, or that vLLM would read wrongly.
     """
     try:
         config = json.loads((directory / CONFIG).read_text())
@@ -40,4 +32,4 @@ def read(name: str, directory: Path, *, max_rank: int | None) -> AdapterFiles:
             "something else",
             hint="megatrain convert adapter export --for vllm folds them into the factors",
         )
-    return AdapterFiles(bool(config.get("target_parameters")))
+    return bool(config.get("target_parameters"))

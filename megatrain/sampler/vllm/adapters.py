@@ -14,7 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from megatrain.errors import ConfigError, DataError, SamplerError
-from megatrain.sampler.vllm.adapter_files import AdapterFiles, read
+from megatrain.sampler.vllm.adapter_files import is_stacked
 from megatrain.sampler.vllm.client import Client, LostError, said_in
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ class Adapter:
 
     name: str
     directory: Path
-    files: AdapterFiles
+    is_stacked: bool
+    """Whether factors of all experts are in one tensor."""
     engine_name: str | None = None
     """None: the engine does not have it."""
     users: int = 0
@@ -54,8 +55,8 @@ class Adapters:
         """Load an adapter under a new name.  Raises SamplerError, ConfigError."""
         if name in self._known:
             raise ConfigError(f"an adapter is called {name!r} already")
-        files = await asyncio.to_thread(read, name, directory, max_rank=self._max_rank)
-        adapter = Adapter(name, directory.absolute(), files)
+        stacked = await asyncio.to_thread(is_stacked, name, directory, max_rank=self._max_rank)
+        adapter = Adapter(name, directory.absolute(), stacked)
         await self.require(adapter, client)
         self._known[name] = adapter
 
@@ -112,7 +113,7 @@ class Adapters:
     async def _load(self, adapter: Adapter, client: Client) -> str:
         name = f"{adapter.name}~{secrets.token_hex(4)}"
         body: dict[str, str | bool] = {"lora_name": name, "lora_path": str(adapter.directory)}
-        if adapter.files.is_stacked:
+        if adapter.is_stacked:
             body |= {"is_3d_lora_weight": True}
         status, text = await client.tell(LOAD, body)
         if status == HTTPStatus.OK:

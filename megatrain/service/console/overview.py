@@ -4,7 +4,7 @@ Of what is others', only sums are told: tokens a second, requests that wait.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -30,6 +30,8 @@ from megatrain.service.work.run_state import RunState
 
 MISMATCHES = 50
 """Versions of a model whose mismatch is shown."""
+MAX_NAMES = 10_000
+"""Names of sessions that are kept in memory: they do not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,16 @@ class Kept:
     losses: dict[str, float]
 
 
-def kept(project: str, num_runs: int, num_checkpoints: int) -> Callable[[Connection], Kept]:
-    """Return the newest runs and checkpoints of a project, and what is known of them."""
+def kept(
+    project: str, num_runs: int, num_checkpoints: int, known: Container[str]
+) -> Callable[[Connection], Kept]:
+    """Return the newest runs and checkpoints of a project, and their sessions that are not known."""
 
     def read(connection: Connection) -> Kept:
         found, total = runs.list_page(project, num_runs, 0)(connection)
         saved, _ = checkpoints.list_page(project, limit=num_checkpoints)(connection)
         count, size = checkpoints.sizes(project)(connection)
-        names = {run.session for run in found}
+        names = {run.session for run in found if run.session not in known}
         of = {name: sessions.get(project, name)(connection) for name in names}
         losses = points.last_losses(project, [run.id for run in found])(connection)
         return Kept(found, total, saved, count, size, of, losses)
@@ -66,11 +70,16 @@ class Overview:
     def __init__(self, hub: Hub) -> None:
         self._hub, self._rates = hub, Rates()
         self._version = version("megatrain")
+        self._sessions: dict[str, Session | None] = {}
 
     async def of(self, who: Principal, num_runs: int, num_checkpoints: int) -> Json:
         """Return what a key may see: of that, the newest runs and checkpoints."""
         hub = self._hub
-        found = await hub.store.read(kept(who.project, num_runs, num_checkpoints))
+        if len(self._sessions) > MAX_NAMES:
+            self._sessions.clear()
+        known = dict(self._sessions)
+        found = await hub.store.read(kept(who.project, num_runs, num_checkpoints, known))
+        self._sessions.update(found.sessions)
         live = self._live()
         return {
             "service": self._service(who),
@@ -80,7 +89,7 @@ class Overview:
                     run,
                     self._state(run),
                     live.get(run.id),
-                    found.sessions[run.session],
+                    (found.sessions | known).get(run.session),
                     found.losses.get(run.id),
                 )
                 for run in found.runs

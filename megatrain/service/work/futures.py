@@ -21,6 +21,8 @@ from megatrain.service.work.ticket import Result, ResultKind, Ticket, busy
 
 logger = logging.getLogger(__name__)
 
+TICKET_BYTES = 4096
+"""What a request takes in memory beside its result: its texts, times and events."""
 ENDING_POLL_S = 1.0
 """While this process ends, a poll is held no longer; its client asks again at once."""
 KEPT_BYTES = 256 << 20
@@ -231,12 +233,11 @@ class Futures:
         ticket.note = None  # it holds what the HTTP request was about, and that is over
 
     def _keep(self, ticket: Ticket) -> None:
-        assert ticket.result is not None
         self._kept[ticket.id] = ticket
-        self._kept_bytes += len(ticket.result.data)
+        self._kept_bytes += size_of(ticket)
         while self._kept_bytes > KEPT_BYTES:
             _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= len(oldest.result.data) if oldest.result else 0
+            self._kept_bytes -= size_of(oldest)
 
     async def get(self, project: str, request_id: str) -> Ticket:
         """Return a request of a project.  Raises NotFoundError."""
@@ -278,7 +279,7 @@ class Futures:
             if oldest.timing.ended >= when:
                 return
             del self._kept[oldest.id]
-            self._kept_bytes -= len(oldest.result.data) if oldest.result else 0
+            self._kept_bytes -= size_of(oldest)
 
     async def anything(self, timeout_s: float) -> None:
         """Wait until any request is finished, or for so long."""
@@ -294,6 +295,11 @@ class Futures:
     def forget_sampler(self, sampler: str) -> None:
         """Forget what a sampling session that is over has finished."""
         self._of_sampler.pop(sampler, None)
+
+
+def size_of(ticket: Ticket) -> int:
+    """Return the bytes that a ticket with a result takes."""
+    return TICKET_BYTES + (0 if ticket.result is None else len(ticket.result.data))
 
 
 def record_of(ticket: Ticket) -> Request:

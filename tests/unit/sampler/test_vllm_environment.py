@@ -14,7 +14,7 @@ from megatrain.config.service import SamplerConfig
 from megatrain.errors import ConfigError, PlatformError
 from megatrain.sampler.choose import make_sampler
 from megatrain.sampler.transformers_sampler import TransformersSampler
-from megatrain.sampler.vllm.adapter_files import read
+from megatrain.sampler.vllm.adapter_files import is_stacked
 from megatrain.sampler.vllm.command import command, variables
 from megatrain.sampler.vllm.environment import (
     MARKER,
@@ -229,8 +229,8 @@ def test_options_that_do_not_go_together_are_refused(options, match):
 def test_a_rank_beyond_the_engines_is_refused_before_it_is_loaded(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 16}')
     with pytest.raises(ConfigError, match="rank 16, and the engine takes 8"):
-        read("a", tmp_path, max_rank=8)
-    assert not read("a", tmp_path, max_rank=None).is_stacked
+        is_stacked("a", tmp_path, max_rank=8)
+    assert not is_stacked("a", tmp_path, max_rank=None)
 
 
 def test_a_marker_that_is_no_json_is_no_installation(home):

@@ -60,14 +60,16 @@ def measure(
 ) -> Overhead:
     """Return what `calls` calls took; `training` is a TrainingClient that nobody else uses."""
     draw, found = random.Random(0), Overhead(tokens)
+    before = scrape(http)
     for number in range(WARM_UP + calls):
         datum = draw_datum(draw, tokens, vocabulary)
-        before = scrape(http)
         began = time.perf_counter()
         training.forward_backward([datum], "cross_entropy").result()
         seconds = time.perf_counter() - began
+        after = scrape(http)
         if number >= WARM_UP:
-            found.note(1e3 * seconds, before, scrape(http))
+            found.note(1e3 * seconds, before, after)
+        before = after
     return found
 
 

@@ -11,7 +11,6 @@ from tinker import types as theirs
 from tinker.types import (
     audit_log_response,
     auth_token_response,
-    billing_usage_response,
     checkpoints_list_response,
     client_config_response,
     client_dynamic_config_response,
@@ -185,22 +184,6 @@ REPLIES: list[tuple[Reply, Any]] = [
     (
         schema.AuditReply(entries=[schema.AuditEntry(timestamp=NOW, event="run_created")]),
         audit_log_response.AuditLogResponse,
-    ),
-    (
-        schema.UsageReply(
-            data=[
-                schema.UsageEvent(bucket_start=NOW, bucket_end=NOW, event_info=info)
-                for info in (
-                    schema.TrainingUsage(token_count=1),
-                    schema.PrefillUsage(token_count=1),
-                    schema.SampleUsage(token_count=1),
-                    schema.CheckpointUsage(count=1),
-                    schema.StorageUsage(gigabyte_hours=0.5),
-                )
-            ],
-            sessions={"s": schema.UsageSession(user_metadata={"a": "b"})},
-        ),
-        billing_usage_response.BillingUsageResponse,
     ),
     (
         schema.StorageReply(
