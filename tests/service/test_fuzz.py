@@ -82,9 +82,8 @@ def train(server: ConfiguredServer, key: str, steps: int = 3) -> list[float]:
 class Honest:
     """Trains again and again under a project of its own, while others do what they do."""
 
-    def __init__(self, server: ConfiguredServer) -> None:
-        self._server, self._key = server, server.create_key("--project", "honest")
-        self.expected = train(server, self._key)
+    def __init__(self, server: ConfiguredServer, key: str, expected: list[float]) -> None:
+        self._server, self._key, self.expected = server, key, expected
         self.found: list[list[float]] = []
         self.slowest_s = 0.0
         self._is_over = threading.Event()
@@ -120,16 +119,27 @@ class Honest:
         assert growth < GROWTH_MIB
 
 
+@pytest.fixture(scope="module")
+def undisturbed(server) -> tuple[str, list[float]]:
+    """A key of a project of its own, and what its training gives while nobody else is there."""
+    key = server.create_key("--project", "honest")
+    return key, train(server, key)
+
+
 @pytest.fixture
-def honest(server) -> Iterator[Honest]:
-    with Honest(server) as honest:
+def honest(server, undisturbed) -> Iterator[Honest]:
+    with Honest(server, *undisturbed) as honest:
         yield honest
 
 
+@pytest.fixture(scope="module")
+def hostile_key(server) -> str:
+    return str(server.create_key("--project", "hostile", "--scopes", "train,sample,admin"))
+
+
 @pytest.fixture
-def hostile(server) -> Owned:
-    key = server.create_key("--project", "hostile", "--scopes", "train,sample,admin")
-    return own(server, key)
+def hostile(server, hostile_key) -> Owned:
+    return own(server, hostile_key)
 
 
 def send(http: httpx.Client, path: str, body: bytes, headers: dict[str, str]) -> httpx.Response:

@@ -25,7 +25,6 @@ from tests.service.tinker_commands import command_names, run_commands
 
 live = [
     pytest.mark.multiprocess,
-    pytest.mark.chaos,
     pytest.mark.timeout(1200),
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -77,12 +76,14 @@ def test_twins_of_one_outcome_are_one_name():
 class TestLive:
     pytestmark = live
 
+    @pytest.mark.slow
     def test_all_methods_do_what_the_record_says(self, recipes, monkeypatch):
         monkeypatch.chdir(recipes.folder)  # the tokenizer is found there by its name
         _use(recipes, monkeypatch)
         warnings.simplefilter("ignore")
         check("methods", run_table(tinker.ServiceClient, public_methods()))
 
+    @pytest.mark.chaos
     def test_all_commands_do_what_the_record_says(self, recipes, monkeypatch):
         _use(recipes, monkeypatch)
         check("commands", run_commands(recipes))

@@ -30,8 +30,8 @@ from megatrain.service.work.run_state import RunState
 
 MISMATCHES = 50
 """Versions of a model whose mismatch is shown."""
-MAX_NAMES = 10_000
-"""Names of sessions that are kept in memory: they do not change."""
+MAX_SESSIONS = 10_000
+"""Sessions that are kept in memory: what they are called does not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Kept:
 def kept(
     project: str, num_runs: int, num_checkpoints: int, known: Container[str]
 ) -> Callable[[Connection], Kept]:
-    """Return the newest runs and checkpoints of a project, and their sessions that are not known."""
+    """Return a project's newest runs and checkpoints, and their sessions that are not known."""
 
     def read(connection: Connection) -> Kept:
         found, total = runs.list_page(project, num_runs, 0)(connection)
@@ -75,11 +75,11 @@ class Overview:
     async def of(self, who: Principal, num_runs: int, num_checkpoints: int) -> Json:
         """Return what a key may see: of that, the newest runs and checkpoints."""
         hub = self._hub
-        if len(self._sessions) > MAX_NAMES:
-            self._sessions.clear()
-        known = dict(self._sessions)
+        known = self._sessions
         found = await hub.store.read(kept(who.project, num_runs, num_checkpoints, known))
-        self._sessions.update(found.sessions)
+        known.update(found.sessions)
+        if len(known) > MAX_SESSIONS:
+            self._sessions = {}
         live = self._live()
         return {
             "service": self._service(who),
@@ -89,7 +89,7 @@ class Overview:
                     run,
                     self._state(run),
                     live.get(run.id),
-                    (found.sessions | known).get(run.session),
+                    known[run.session],
                     found.losses.get(run.id),
                 )
                 for run in found.runs

@@ -327,7 +327,6 @@ def test_we_read_the_client_s_request_as_it_meant_it(sent, model):
         (schema.SetTtlRequest, {"ttl_seconds": 10**10}),
         (schema.CreateSessionRequest, {"user_metadata": {"a": "x" * MAX_METADATA_BYTES}}),
         (schema.SessionSearchRequest, {"limit": 201}),
-        (schema.UsageQuery, {"starting_on": NOW, "ending_before": NOW}),
         (schema.GetInfoRequest, {"model_id": "r" * 10_000}),
     ],
 )
