@@ -100,6 +100,8 @@ def status_of(error: MegatrainError) -> int:
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MegatrainError)
     status = status_of(error)
+    if status == 404 and not request.app.state.hub.is_ready:
+        status = 503  # what an earlier process has left is not taken up yet
     headers = {}
     if isinstance(error, BusyError):
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))

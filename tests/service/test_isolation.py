@@ -309,6 +309,7 @@ def limited(tmp_path_factory, checkpoints):
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_project_may_have_so_many_checkpoints(limited):
     service = client(limited)
     training = service.create_lora_training_client(base_model=NAME, rank=2, seed=1).result()
@@ -322,6 +323,7 @@ def test_a_project_may_have_so_many_checkpoints(limited):
     training.save_state("third").result()
 
 
+@pytest.mark.slow
 def test_a_session_that_is_over_while_its_requests_run_leaves_nothing(limited):
     """Every request gets a result, the adapters leave the ranks, and a new start finds none."""
     with httpx.Client(
@@ -353,6 +355,7 @@ def test_a_session_that_is_over_while_its_requests_run_leaves_nothing(limited):
     assert "is not on the ranks any more" not in limited.log
 
 
+@pytest.mark.slow
 def test_what_was_refused_or_given_up_is_so_after_a_new_start(limited):
     with httpx.Client(
         base_url=f"{limited.url}/api/v1",

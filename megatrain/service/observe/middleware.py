@@ -19,6 +19,8 @@ REQUEST_ID = "x-request-id"
 _ALLOWED = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 """Of an id that a client gave; others are replaced, since they stand in logs and headers."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+READY = "/readyz"
+"""Asked every few seconds; 503 is an answer there."""
 NO_RESULT_YET = 408
 """What a poll is told whose result is not there yet: no failure."""
 
@@ -92,7 +94,7 @@ def method_of(scope: Scope) -> str:
 
 
 def _say(method: str, path: str, status: int, seconds: float) -> None:
-    is_failure = status >= 400 and status != NO_RESULT_YET
+    is_failure = status >= 400 and status != NO_RESULT_YET and path != READY
     level = logging.INFO if is_failure else logging.DEBUG
     if logger.isEnabledFor(level):
         fields = {"method": method, "path": path[:200], "status": status}

@@ -68,6 +68,7 @@ async def heartbeat(body: SessionHeartbeatRequest, hub: TheHub, who: Reader) -> 
     try:
         await hub.sessions.heartbeat(who.project, body.session_id)
     except NotFoundError as error:
+        hub.check_ready()  # what an earlier process has left is not taken up yet
         return JSONResponse({"detail": error.message}, 410)
     return {"type": "session_heartbeat"}
 
