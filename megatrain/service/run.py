@@ -74,7 +74,7 @@ async def _serve(
     _announce(config, listener.getsockname(), first_key)
     server = uvicorn.Server(_uvicorn_config(hub, config, tracing))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    stopped = _stopped_by_signals()
+    stopped = _stopped_by_signals(hub)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     starting = asyncio.ensure_future(_start(hub, prepare))
     ending = asyncio.ensure_future(stopped.wait())
@@ -94,7 +94,7 @@ async def _serve(
     return status
 
 
-def _stopped_by_signals() -> asyncio.Event:
+def _stopped_by_signals(hub: Hub) -> asyncio.Event:
     """Return what the first signal sets; a second one ends the process."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -104,6 +104,7 @@ def _stopped_by_signals() -> asyncio.Event:
             logger.warning("a second signal: ending at once")
             os._exit(128 + number)
         logger.info("ending; a second signal ends at once")
+        hub.is_draining = True
         stopped.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

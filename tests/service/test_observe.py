@@ -189,6 +189,7 @@ def test_what_was_accepted_before_the_end_is_done_after_the_next_start(ending):
 
     def end_and_start() -> None:
         ending.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "a second signal ends at once" in ending.log)
         while ending.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 seen.append(httpx.get(f"{ending.url}/readyz", timeout=5).status_code)

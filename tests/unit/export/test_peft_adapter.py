@@ -365,6 +365,7 @@ def test_a_folder_with_other_content_is_not_replaced(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_another_process_with_peft_gives_the_same_logprobs(tmp_path):
     model = base("qwen3")
     model.save_pretrained(tmp_path / "base")

@@ -64,6 +64,7 @@ print("the same")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton is for Linux")
+@pytest.mark.slow
 def test_triton_computes_the_definition_in_its_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
