@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-SCOPES = ("read", "train", "sample", "admin")
-"""What a key may be for; `admin` is all of it, and a look at its project's audit log."""
+SCOPES = ("read", "train", "sample", "metrics", "admin")
+"""What a key may be for; `metrics` reads /metrics from other hosts, `admin` is all of it, and a look at its project's audit log."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from fastapi import Depends, Query, Request
 
 from megatrain.service.auth.principal import Principal
 from megatrain.service.hub import Hub
+from megatrain.service.observe.note import about
 
 
 def hub_of(request: Request) -> Hub:
@@ -24,7 +25,9 @@ def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
 
     async def principal(request: Request) -> Principal:
         address = address_of(request)
-        return await hub_of(request).auth.authenticate(request.headers, scope, address)
+        who = await hub_of(request).auth.authenticate(request.headers, scope, address)
+        about(project=who.project)
+        return who
 
     return principal
 
