@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
     create.add_argument("--project", default="default", help="whose it is (default: %(default)s)")
     create.add_argument("--name", default="", help="to tell it from others")
     create.add_argument(
-        "--scopes", default="train,sample", help="of train, sample, metrics, admin (default: %(default)s)"
+        "--scopes",
+        default="train,sample",
+        help="of train, sample, metrics, admin (default: %(default)s)",
     )
     create.add_argument("--expires", metavar="30d", help="after so many h, d or w")
     actions.add_parser("list", help="what keys there are")

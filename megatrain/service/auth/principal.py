@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 SCOPES = ("read", "train", "sample", "metrics", "admin")
-"""What a key may be for; `metrics` reads /metrics from other hosts, `admin` is all of it, and a look at its project's audit log."""
+"""What a key may be for; `metrics` reads /metrics from other hosts, `admin` is all of it, and a
+look at its project's audit log."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from megatrain.service.store.records import Run
 from megatrain.service.work.run_queue import RunQueue
+from megatrain.service.work.tally import Tally
 from megatrain.service.work.ticket import Ticket
 
 
@@ -18,11 +19,10 @@ class RunState:
     """Something runs that the next request has to wait for."""
     step: int = 0
     """Optimizer steps that were done."""
-    pass_tokens: int = 0
-    """Tokens trained since the last step."""
-    pass_loss: float = 0.0
-    """Sum of the losses since the last step."""
-    pass_seconds: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+    """What was trained since the last step began."""
+    counted: dict[str, Tally] = field(default_factory=dict)
+    """Where passes count that have begun, by their requests' ids."""
     live_since: int = -1
     """Step of the version that is live in the sampler, -1 without one."""
     last_error: str = ""
@@ -30,6 +30,25 @@ class RunState:
     """No request is taken any more."""
     in_flight: set[str] = field(default_factory=set)
     """Ids of requests that were given to the ranks."""
+
+    def begin_pass(self, request_id: str) -> None:
+        """Note that a pass counts for the next step; nothing happens if it was begun before."""
+        if request_id not in self.counted:
+            self.counted[request_id] = self.tally
+            self.tally.begin()
+
+    def end_pass(
+        self, request_id: str, *, tokens: int = 0, loss: float = 0.0, seconds: float = 0.0
+    ) -> None:
+        """Count a pass; nothing happens if it was counted, or was none that trains."""
+        tally = self.counted.pop(request_id, None)
+        if tally is not None:
+            tally.end(tokens, loss, seconds)
+
+    def begin_step(self) -> Tally:
+        """Return what the passes before a step train; later ones count for the next."""
+        tally, self.tally = self.tally, Tally()
+        return tally
 
     @property
     def id(self) -> str:

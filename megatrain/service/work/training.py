@@ -54,7 +54,11 @@ class Training:
             await self._finish(run, ticket, Result.of_error(ticket.content))
             return
         if ticket.kind in PASSES:
-            await self._pass(members)
+            try:
+                await self._pass(members)
+            finally:
+                for each, its in members:  # whatever became of it, no step waits for it
+                    each.end_pass(its.id)
             return
         try:
             with charged_to(ticket.timing.spent):
@@ -74,7 +78,9 @@ class Training:
         shared = is_shared(members)
         tag = members[0][1].tag or (tag_of(members) if train else "")
         spent = Spent()
-        for _, ticket in members:
+        for run, ticket in members:
+            if train:
+                run.begin_pass(ticket.id)
             ticket.tag, ticket.timing.spent, ticket.timing.members = tag, spent, len(members)
         began = time.monotonic()
         try:
@@ -123,10 +129,8 @@ class Training:
         except Exception as error:  # noqa: BLE001 - others of this pass have results of their own
             await self._failed(run, ticket, error)
             return
-        if ticket.kind == "forward_backward":
-            run.pass_tokens += ticket.tokens
-            run.pass_loss += result.metrics.get("loss:sum", 0.0)
-            run.pass_seconds += seconds
+        loss = result.metrics.get("loss:sum", 0.0)
+        run.end_pass(ticket.id, tokens=ticket.tokens, loss=loss, seconds=seconds)
         self.trained_tokens += ticket.tokens
         if ticket.tokens >= MANY_TOKENS:
             data = await asyncio.to_thread(encode_pass_result, result)
@@ -143,6 +147,7 @@ class Training:
                 logger.error("%s of %s failed", ticket.kind, run.id, exc_info=error)
             elif not isinstance(error, DataError):
                 logger.warning("%s of %s: %s", ticket.kind, run.id, error)
+        run.end_pass(ticket.id)
         result = Result.of_error(error)
         run.last_error = result.data.decode()
         await self._finish(run, ticket, result)
