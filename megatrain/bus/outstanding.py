@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatrain.bus.codec import Failure
+from megatrain.bus.commands import OpenModel
 from megatrain.bus.events import Event, Observers
 from megatrain.bus.failures import error_of
 from megatrain.bus.history import History
@@ -127,6 +128,10 @@ class Outstanding:
             return  # it was noted when it came
         if _is_cancelled(failure):
             self._history.drop(pending.seq)  # the answer to the cancellation itself was lost
+            return
+        if failure is not None and pending.name == OpenModel.__name__:
+            # It has changed nothing, and what was in its way may be gone when it is done again.
+            self._history.drop(pending.seq)
             return
         self._history.done(pending.seq, failed=failure is not None, source=_source(reply))
         if failure is None and pending.name in WAITING:

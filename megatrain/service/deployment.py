@@ -229,7 +229,8 @@ class Deployment:
             try:
                 await self.fleet.let_go(run.record)
             except MegatrainError as error:  # it was never made
-                logger.debug("adapter %s was not there: %s", run.adapter, error.message)
+                level = logging.DEBUG if run.record.is_lora else logging.ERROR
+                logger.log(level, "run %s could not be let go: %s", run.id, error.message)
             await self._store.write(runs.set_state(run.id, "released"))
 
     async def drain(self, timeout_s: float) -> None:

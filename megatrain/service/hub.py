@@ -19,6 +19,7 @@ from megatrain.service.deployment import Deployment
 from megatrain.service.files.files import Files
 from megatrain.service.files.signed import Signer
 from megatrain.service.intake import Intake
+from megatrain.service.lock import lock
 from megatrain.service.restore import restore
 from megatrain.service.sessions import Sessions
 from megatrain.service.store import checkpoints, samplers
@@ -48,6 +49,7 @@ class Hub:
     async def open(self) -> str | None:
         """Open store, files and keys; return a first API key if there was none."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = lock(self.folder)
         url = self.config.database or f"sqlite:///{self.folder / 'service.db'}"
         self.store = await Store.open(url)
         self.files = await Files.open(self.config.files or str(self.folder / "files"), self.folder)
@@ -238,3 +240,4 @@ class Hub:
         await asyncio.gather(*(each.close() for each in self.deployments.values()))
         await self.auth.close()
         await self.store.close()
+        self._lock.close()

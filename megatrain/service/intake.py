@@ -77,7 +77,8 @@ class Intake:
         idem = f"train:{record.id}:0"
         if (before := await self._futures.known(principal.project, idem)) is not None:
             return before
-        mine = sum(run.project == principal.project for run in deployment.scheduler.runs.values())
+        there = [run for run in deployment.scheduler.runs.values() if not run.closed]
+        mine = sum(run.project == principal.project for run in there)
         if mine >= max_runs:
             raise BusyError(
                 f"this project has {mine} models on the ranks",

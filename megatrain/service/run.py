@@ -145,14 +145,17 @@ def _announce(config: ServiceConfig, address: tuple[object, ...], first_key: str
     host = f"[{address[0]}]" if ":" in str(address[0]) else address[0]
     url = config.public_url or f"http://{host}:{address[1]}"
     key = first_key or ("tml-any" if not config.keys else "YOUR KEY (megatrain keys create)")
-    name = config.models[0].name
+    model = config.models[0]
+    create = f'client.create_lora_training_client(base_model="{model.name}", rank=16)'
+    if model.full_parameters:
+        create = f'megatrain.tinker.create_full_training_client(client, "{model.name}")'
     lines = [
-        f"megatrain serves {', '.join(model.name for model in config.models)} at {url}",
+        f"megatrain serves {', '.join(each.name for each in config.models)} at {url}",
         f"API key: {key}",
         "",
-        "    import tinker",
+        "    import megatrain.tinker, tinker" if model.full_parameters else "    import tinker",
         f'    client = tinker.ServiceClient(base_url="{url}", api_key="{key}")',
-        f'    training = client.create_lora_training_client(base_model="{name}", rank=16)',
+        f"    training = {create}",
         "",
     ]
     print("\n".join(lines), flush=True)  # noqa: T201 - what the command says

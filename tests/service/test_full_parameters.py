@@ -32,6 +32,29 @@ def server(tmp_path_factory, checkpoints):
     assert server.stop() == 0
 
 
+def steal(server: Server, key: str) -> list[str]:
+    """Use a model that could not be made: another run has its parameters."""
+    tried = []
+    with server.http(key) as http:
+        made = http.post("/create_session", json={"tags": [], "sdk_version": "0.38.0"}).json()
+        run = {"session_id": made["session_id"], "model_seq_id": 0, "base_model": NAME}
+        model = http.post("/create_model", json=run).json()["model_id"]
+        bodies = {
+            "save_weights_for_sampler": {"path": "mine"},
+            "save_weights": {"path": "mine"},
+            "optim_step": {"adam_params": {"learning_rate": 0.1}},
+        }
+        for seq, (kind, body) in enumerate(bodies.items(), 1):
+            answer = http.post(f"/{kind}", json={"model_id": model, "seq_id": seq, **body})
+            if answer.status_code == 200:
+                said = {"request_id": answer.json()["request_id"]}
+                answer = http.post("/retrieve_future", json=said)
+            tried.append(answer.text)
+            refusals = ("could not be made", "no model", "another run", "does not have")
+            assert any(each in answer.text for each in refusals), answer.text
+    return tried
+
+
 def forward(training) -> np.ndarray:
     return np.concatenate(logprobs(training.forward(DATA, "cross_entropy").result()))
 
@@ -71,6 +94,9 @@ def test_a_step_of_all_parameters_is_transformers(server, checkpoints):
 
     with pytest.raises(tinker.RequestFailedError, match="another run"):
         create_full_training_client(service, NAME)
+    thief = steal(server, server.create_key("--project", "thief"))
+    assert thief, "nothing was tried"
+    np.testing.assert_array_equal(forward(training), after)
     with pytest.raises(tinker.RequestFailedError, match="without a lora_config"):
         service.create_lora_training_client(base_model=NAME, rank=4).result()
     with pytest.raises(tinker.APIError, match="not for sampling"):

@@ -21,7 +21,8 @@ A leak of a request's payload and result would be more within two minutes."""
 
 @pytest.fixture
 def server(tmp_path, checkpoints):
-    server = Server(checkpoints("qwen3"), tmp_path / "service", "--sampler", "none")
+    model = checkpoints("qwen3", num_hidden_layers=1)  # it is the service that is to be busy
+    server = Server(model, tmp_path / "service", "--sampler", "none")
     server.start()
     yield server
     assert server.stop() == 0

@@ -132,8 +132,8 @@ def test_on_policy_distillation_approaches_its_teacher(recipes, reinforced):
         f"teacher_model={offline.MODEL}",
         f"teacher_checkpoint={teacher}",
         "dataset=deepmath",
-        "groups_per_batch=8",
-        "group_size=8",
+        "groups_per_batch=16",
+        "group_size=16",
         "max_tokens=8",
         "max_steps=10",
         "lora_rank=8",
@@ -141,7 +141,7 @@ def test_on_policy_distillation_approaches_its_teacher(recipes, reinforced):
     )
     metrics = recipes.run("distillation.on_policy_distillation", "distil", *options)
     divergence = values(metrics, "teacher_kl")
-    # A step's own samples tell it, to about a third; the mean of three steps to a fifth.
+    # 256 samples tell it to about a fifth: few of them say most of it.
     assert statistics.mean(divergence[-3:]) < 0.6 * statistics.mean(divergence[:3]), divergence
 
 

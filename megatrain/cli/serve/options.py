@@ -14,6 +14,12 @@ DEMO_NAME = "megatrain/demo"
 
 RANKS = ("ranks", "tp", "pp", "cp", "ep", "address", "platform", "max_context_length")
 """Options that are fields of a served model."""
+OF_A_MODEL = (
+    *RANKS,
+    *("name", "mixed_precision", "max_loras", "full_parameters", "fork_ranks"),
+    *("sampler", "sampler_address", "sampler_devices", "sampler_tp", "live_every"),
+)
+"""All options that say what is served, and how."""
 SERVICE = ("host", "port", "data", "database", "files", "log_format")
 """Options that are fields of the whole."""
 
@@ -23,6 +29,7 @@ def build_config(args: argparse.Namespace) -> ServiceConfig:
     fields = _given(args, SERVICE)
     if args.no_keys:
         fields["keys"] = False
+    _check_effect(args)
     if args.config is not None:
         return _parse(_from_file(args.config) | fields, str(args.config))
     path, name = args.model, args.model
@@ -30,6 +37,19 @@ def build_config(args: argparse.Namespace) -> ServiceConfig:
         path, name = str(demo_folder(args) / "base"), DEMO_NAME
     fields["models"] = [_model(args, path, args.name or name)]
     return _parse(fields, "the options")
+
+
+def _check_effect(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that would have no effect."""
+    if args.out is not None and not args.demo:
+        raise ConfigError("--out is where --demo makes its base", hint="leave it out")
+    ignored = [name for name in OF_A_MODEL if getattr(args, name) not in (None, False)]
+    if args.config is not None and ignored:
+        options = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        raise ConfigError(
+            f"{options} would have no effect: {args.config} says what is served",
+            hint="write them into its [[models]]",
+        )
 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

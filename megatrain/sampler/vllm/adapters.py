@@ -60,25 +60,26 @@ class Adapters:
         await self.require(adapter, client)
         self._known[name] = adapter
 
-    async def remove(self, name: str, client: Client | None) -> None:
-        """Forget an adapter, once nobody uses it; `client` None: the engine is not there."""
+    async def remove(self, name: str) -> Adapter | None:
+        """Forget an adapter, once nobody uses it; return it if it was known."""
         async with self._idle:
             await self._idle.wait_for(
                 lambda: name not in self._known or not self._known[name].users
             )
-            adapter = self._known.pop(name, None)
-        if adapter is not None and client is not None:
-            async with adapter.loading:
-                await self._unload(adapter, client)
+            return self._known.pop(name, None)
 
-    async def _unload(self, adapter: Adapter, client: Client) -> None:
-        if adapter.engine_name is None:
-            return
-        # An engine that starts again learns of the adapters that are left.
-        with contextlib.suppress(LostError):
-            status, text = await client.tell(UNLOAD, {"lora_name": adapter.engine_name})
-            if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
-                raise SamplerError(f"vLLM did not unload adapter {adapter.name!r}: {said_in(text)}")
+    async def unload(self, adapter: Adapter, client: Client) -> None:
+        """Let the engine forget an adapter that was removed.  Raises SamplerError."""
+        async with adapter.loading:
+            if adapter.engine_name is None:
+                return
+            # An engine that starts again learns of the adapters that are left.
+            with contextlib.suppress(LostError):
+                status, text = await client.tell(UNLOAD, {"lora_name": adapter.engine_name})
+                if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
+                    raise SamplerError(
+                        f"vLLM did not unload adapter {adapter.name!r}: {said_in(text)}"
+                    )
 
     @contextlib.asynccontextmanager
     async def using(self, name: str | None) -> AsyncIterator[Adapter | None]:

@@ -75,8 +75,9 @@ class VllmSampler:
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter, once the requests that use it are done.  Raises SamplerError."""
-        client = self._engine.client if self._keeper.is_ready else None
-        await self._adapters.remove(name, client)
+        adapter = await self._adapters.remove(name)
+        if adapter is not None and self._keeper.is_ready:
+            await self._adapters.unload(adapter, self._engine.client)
 
     async def sample(self, request: SampleRequest) -> SampleResult:
         """Draw; cancelling stops it.  An engine that is lost meanwhile is replaced, and the request

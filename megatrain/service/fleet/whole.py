@@ -19,6 +19,9 @@ class Whole:
         self._served, self._do = served, do
         self.owner = ""
         """Id of the run that does, if any."""
+        self._is_left = False
+        """Whether it is still as a run that is over has trained it."""
+        self._is_open = True
 
     def check(self, *, is_lora: bool) -> None:
         """Raise ConfigError for a run of the kind that this model is not served for."""
@@ -43,13 +46,15 @@ class Whole:
 
     async def begin(self, run_id: str, optimizer: tuple[str, dict[str, Any]], tag: str) -> None:
         """Take the model, and let its parameters be trained."""
-        self.take(run_id)
         kind, options = optimizer
-        await self.tried(SetOptimizer(kind=kind, options=options, tag=tag), tag)
+        await self.make(run_id, SetOptimizer(kind=kind, options=options, tag=tag), tag)
 
-    async def tried(self, command: Command, tag: str) -> Any:
+    async def make(self, run_id: str, command: Command, tag: str) -> Any:
         """Do what makes a run's parameters; a run that has failed to begin has nothing."""
+        self.take(run_id)
         try:
+            if self._is_left:  # it could not be opened anew before
+                await self._open_anew()
             return await self._do(command, tag)
         except BaseException:
             self.owner = ""
@@ -59,6 +64,15 @@ class Whole:
         """Open the checkpoint anew, so that nobody meets what a run has trained."""
         if self.owner != run_id:
             return
-        await self._do(CloseModel())
+        self._is_left = self._is_open = True
+        try:
+            await self._open_anew()
+        finally:
+            self.owner = ""
+
+    async def _open_anew(self) -> None:
+        if self._is_open:
+            await self._do(CloseModel())
+            self._is_open = False
         await self._do(OpenModel(model_id=self._served.path, options=dict(self._served.options)))
-        self.owner = ""
+        self._is_left = False

@@ -20,6 +20,8 @@ from megatrain.service.openai.text_model import text_model
 Json = dict[str, Any]
 
 PREFIXES = ("/v1", "/oai/api/v1")
+CLIENT_GONE = 499
+"""Status that nobody reads any more; nginx's, for logs."""
 
 
 def make_router(completer: Completer, authenticate: Authenticate) -> APIRouter:
@@ -68,7 +70,7 @@ def _add_completions(
         who = await authenticate(request, "sample")
         target = await completer.resolve(who, body.model)
         work = Completion(completer, who, target, body)
-        return await _respond(work, target, is_stream=bool(body.stream))
+        return await _respond(request, work, target, is_stream=bool(body.stream))
 
     @router.post(f"{prefix}/chat/completions", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
@@ -76,16 +78,33 @@ def _add_completions(
         who = await authenticate(request, "sample")
         target = await completer.resolve(who, body.model)
         work = Chat(completer, who, target, body)
-        return await _respond(work, target, is_stream=bool(body.stream))
+        return await _respond(request, work, target, is_stream=bool(body.stream))
 
 
-async def _respond(work: Completion | Chat, target: Target, *, is_stream: bool) -> Response:
+async def _respond(
+    request: Request, work: Completion | Chat, target: Target, *, is_stream: bool
+) -> Response:
     # Long texts take seconds, in which others go on.
     model = await asyncio.to_thread(text_model, target.folder)
     asked: Any = await asyncio.to_thread(work.asked, model)
     if is_stream:
         return _stream(work.chunks(model, asked))
-    return JSONResponse(await work.answer(model, asked))
+    drawing = asyncio.ensure_future(work.answer(model, asked))
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if drawing.done():
+            return JSONResponse(drawing.result())
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        gone.cancel()
+        drawing.cancel()  # what is not done is waited for by nobody
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _stream(chunks: AsyncIterator[Json]) -> StreamingResponse:

@@ -18,6 +18,7 @@ from megatrain.service.store.records import Point
 from megatrain.service.store.store import Change
 from megatrain.service.wire.schema import AdamParams
 from megatrain.service.work.run_state import RunState
+from megatrain.service.work.tally import Tally
 from megatrain.service.work.ticket import Result, Ticket
 
 LORA_ALPHA = 32.0
@@ -99,11 +100,11 @@ class Operations:
         whole = self._fleet.whole
         if whole.owner == run.id:  # what is refused leaves it as it was
             return await self._fleet.do(command, command.tag)
-        whole.take(run.id)
-        return await whole.tried(command, command.tag)
+        return await whole.make(run.id, command, command.tag)
 
     async def step(self, run: RunState, ticket: Ticket) -> Done:
         """Let the optimizer change the adapter, with the options that this step names."""
+        tally = run.begin_step()
         clip, options = step_options(run, ticket.content)
         command = ClipGradAndStep(
             adapter=run.adapter, max_grad_norm=clip, options=options, tag=ticket.id
@@ -111,7 +112,8 @@ class Operations:
         norm = await self._fleet.do(command, ticket.id)
         run.step += 1
         metrics = {"grad_norm": float(norm), "step": float(run.step)}
-        changes = _points(run, metrics | {"lr": options["lr"]})
+        await tally.settled()
+        changes = _points(run, metrics | {"lr": options["lr"]}, tally)
         await self._after_step(run)
         return Result.of_json({"metrics": metrics, "type": "optim_step"}), changes
 
@@ -162,15 +164,14 @@ def check_optimizer(config: dict[str, Any]) -> dict[str, Any]:
     return {"type": kind} if kind == "adamw" else {"type": kind, "version": 1}
 
 
-def _points(run: RunState, metrics: dict[str, float]) -> list[Change]:
-    """Return what a step adds to the run's curves, and begin the next one."""
+def _points(run: RunState, metrics: dict[str, float], tally: Tally) -> list[Change]:
+    """Return what a step, and the passes before it, add to the run's curves."""
     values = dict(metrics)
     values.pop("step", None)
-    if run.pass_tokens:
-        values["loss"] = run.pass_loss / run.pass_tokens
-        values["loss:sum"] = run.pass_loss
-        values["tokens_per_s"] = run.pass_tokens / max(run.pass_seconds, 1e-9)
-        values["tokens"] = float(run.pass_tokens)
+    if tally.tokens:
+        values["loss"] = tally.loss / tally.tokens
+        values["loss:sum"] = tally.loss
+        values["tokens_per_s"] = tally.tokens / max(tally.seconds, 1e-9)
+        values["tokens"] = float(tally.tokens)
     now = time.time()
-    run.pass_tokens, run.pass_loss, run.pass_seconds = 0, 0.0, 0.0
     return [points.add([Point(run.id, run.step, now, name, values[name]) for name in values])]

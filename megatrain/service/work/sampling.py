@@ -77,6 +77,8 @@ class Sampling:
         """Of requests that nobody stores, and that wait or are drawn."""
         self.running = 0
         """Sequences that the engine was given."""
+        self._idle = asyncio.Event()
+        """Set when nothing is drawn any more."""
         self.paused = False
 
     @property
@@ -99,6 +101,8 @@ class Sampling:
 
         Raises BusyError where `most` of its requests wait already, RankError at the end.
         """
+        if self.paused:
+            raise RankError("the service is being ended", hint="try again")
         if len(self._waiting.get(project, ())) >= most:
             raise BusyError(
                 f"{most} requests of this project wait already, which is the limit",
@@ -119,9 +123,8 @@ class Sampling:
         finally:
             self._passing.discard(granted)
             if granted.done() and not granted.cancelled() and granted.exception() is None:
-                self.running -= request.num_samples
+                self._freed(request.num_samples)
             granted.cancel()
-            self._wake.set()
 
     async def run(self) -> None:
         """Hand out requests until cancelled."""
@@ -144,6 +147,12 @@ class Sampling:
         chosen = self._fair.choose(heads, weights)
         return None if chosen is None else self._waiting[chosen].popleft()
 
+    def _freed(self, num_samples: int) -> None:
+        self.running -= num_samples
+        self._wake.set()
+        if not self.running:
+            self._idle.set()
+
     def _begin(self, state: SamplerState, ticket: Ticket) -> None:
         request: SampleRequest = ticket.content
         self.running += request.num_samples
@@ -164,8 +173,7 @@ class Sampling:
                 logger.exception("sampling failed")
             result = Result.of_error(error)
         finally:
-            self.running -= request.num_samples
-            self._wake.set()
+            self._freed(request.num_samples)
         await self._futures.finish(ticket, result)
 
     async def _draw(self, state: SamplerState, ticket: Ticket, request: SampleRequest) -> Result:
@@ -222,7 +230,12 @@ class Sampling:
         for waits in self._passing:
             if not waits.done():
                 waits.set_exception(RankError("the service is being ended", hint="try again"))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.running:
+                    self._idle.clear()
+                    await self._idle.wait()
+                if self._tasks:
+                    await asyncio.wait(self._tasks)
         for task in list(self._tasks):
             task.cancel()

@@ -132,7 +132,8 @@ class Scheduler:
             now = time.monotonic()
             same = [run for run in others if _tag(run) == first[1].tag]
             return [first, *((run, run.queue.pop(now)) for run in same)]
-        while kind in PASSES and not first[1].is_refused:
+        # A run of all parameters has the ranks for itself.
+        while kind in PASSES and first[0].record.is_lora and not first[1].is_refused:
             fitting = {
                 name: ticket
                 for name, ticket in self._heads().items()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from megatrain.bus.codec import Failure
 from megatrain.bus.commands import Command, ForwardBackwardMany, ForwardMany
 from megatrain.bus.failures import error_of
-from megatrain.errors import DataError, MegatrainError
+from megatrain.errors import DataError, MegatrainError, StateError
 from megatrain.service.fleet.fleet import Fleet, is_shutdown
 from megatrain.service.observe.bus_watch import charged_to
 from megatrain.service.observe.note import about, serving
@@ -51,7 +51,10 @@ class Training:
         """Do a pass of several runs, or one operation, and finish its requests."""
         run, ticket = members[0]
         if ticket.is_refused:
-            await self._finish(run, ticket, Result.of_error(ticket.content))
+            await self._refuse(run, ticket, Result.of_error(ticket.content))
+            return
+        if not (run.record.is_lora or is_first(ticket) or self._fleet.whole.owner == run.id):
+            await self._failed(run, ticket, StateError(f"{run.id} does not have the model"))
             return
         if ticket.kind in PASSES:
             try:
@@ -71,6 +74,8 @@ class Training:
                 self.series.stepped()
             is_held = ticket.kind == "optim_step"
             await self._finish(run, ticket, result, changes, is_held=is_held)
+            if run.closed:
+                await self._drain(run, f"the model {run.id} was given back")
         self._fleet.confirm(ticket.tag or ticket.id)  # the tag of its command
 
     async def _pass(self, members: Sequence[Member]) -> None:
@@ -150,7 +155,21 @@ class Training:
         run.end_pass(ticket.id)
         result = Result.of_error(error)
         run.last_error = result.data.decode()
-        await self._finish(run, ticket, result)
+        await self._refuse(run, ticket, result)
+
+    async def _refuse(self, run: RunState, ticket: Ticket, result: Result) -> None:
+        """Finish a request that was not done; a run that was not made takes no more of them."""
+        if not is_first(ticket):
+            await self._finish(run, ticket, result)
+            return
+        run.closed = True
+        await self._finish(run, ticket, result, [runs.set_state(run.id, "failed")])
+        await self._drain(run, f"the model {run.id} could not be made")
+
+    async def _drain(self, run: RunState, why: str) -> None:
+        """Finish what waits of a run that takes no more requests."""
+        for waiting in run.queue.drain():
+            await self._finish(run, waiting, Result.of_error(StateError(why)))
 
     async def _finish(
         self,
@@ -163,6 +182,11 @@ class Training:
     ) -> None:
         progress = runs.progress(run.id, ticket.seq + 1, run.step, time.time())
         await self._futures.finish(ticket, result, progress, *changes, is_held=is_held)
+
+
+def is_first(ticket: Ticket) -> bool:
+    """Tell whether a request is the one that makes its run."""
+    return ticket.seq == 0 and ticket.kind in ("create_model", "load_weights")
 
 
 def _command(members: Sequence[Member], train: bool, tag: str) -> Command:

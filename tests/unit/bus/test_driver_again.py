@@ -13,12 +13,12 @@ import pytest
 
 from megatrain.bus.address import Address
 from megatrain.bus.codec import encode
-from megatrain.bus.commands import Command, Ping, RestoreSnapshot
+from megatrain.bus.commands import Command, OpenModel, Ping, RestoreSnapshot
 from megatrain.bus.driver import Driver
 from megatrain.bus.frames import Kind
 from megatrain.bus.ranks import RanksAt
 from megatrain.config.bus import BusConfig, RecoveryPolicy
-from megatrain.errors import BusError, ConfigError, RankError
+from megatrain.errors import BusError, ConfigError, RankError, StateError
 from megatrain.parallel.layout import DeviceMesh
 from tests.fixtures.bus_server import FakeRank, FakeRanks, change, changes, driven, wait_until
 
@@ -70,6 +70,22 @@ def test_a_driver_leaves_ranks_that_others_started_as_it_found_them(
         driver.call(change(1))
     assert ranks.starts == 1
     assert ranks.state == changes([1])  # one with a journal may come back
+
+
+def test_a_model_that_could_not_be_opened_once_is_opened_later(
+    ranks: FakeRanks, tmp_path: Path
+) -> None:
+    """Its checkpoint was away for a moment, and the driver after it finds it."""
+    folder, config = tmp_path / "model", BusConfig(journal=tmp_path / "j")
+    old = at(ranks, ranks.start(), config)
+    with pytest.raises(StateError, match="no checkpoint"):
+        old.call(OpenModel(model_id=str(folder), options={}))
+    assert old.call(change(1)) == 1
+    abandon(old)
+    folder.mkdir()
+    with at(ranks, ranks.start(), config) as driver:
+        assert driver.call(OpenModel(model_id=str(folder), options={})) == 2
+        assert driver.losses == []
 
 
 def test_a_new_driver_with_the_journal_goes_on(ranks: FakeRanks, tmp_path: Path) -> None:

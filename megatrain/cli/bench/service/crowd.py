@@ -158,6 +158,7 @@ class _Process:
         """Wait for the end; return what each client got.  Raises subprocess.TimeoutExpired."""
         said, _ = self._child.communicate(timeout=OVERTIME_S)
         if self._child.returncode:
-            raise RuntimeError(f"clients failed:\n{self._log.read_text()[-4000:]}")
+            said = self._log.read_text()[-4000:]
+            raise RuntimeError(f"clients ended with {self._child.returncode}:\n{said}")
         found: list[dict[str, Any]] = [json.loads(line) for line in said.splitlines()]
         return [Share(**each) for each in found]

@@ -113,10 +113,8 @@ export class CheckpointsPanel {
     );
     line.pill = h("span", { class: "pill" });
     line.at.kind.append(line.pill);
-    line.at.name.append(
-      h("b", {}, record.name),
-      h("small", { class: "muted path", title: record.path }, short(record.run, 36)),
-    );
+    line.of = h("small", { class: "muted", title: record.path });
+    line.at.name.append(h("b", {}, record.name), line.of);
     const button = (text, act, more = {}) =>
       h(
         "button",
@@ -129,7 +127,7 @@ export class CheckpointsPanel {
         text,
       );
     line.publish = button("Publish", (each) => this.#publish(each), { class: "publish" });
-    line.remove = button("Delete", (each) => this.#delete(each), { class: "quiet-danger" });
+    line.drop = button("Delete", (each) => this.#delete(each), { class: "quiet-danger" });
     line.try = button("Try", (each) => this.#try(each.path));
     line.at.do.append(
       h(
@@ -139,7 +137,7 @@ export class CheckpointsPanel {
         button("Copy path", (each) => copy(each.path, "the path")),
         button("Download", (each) => download(each)),
         line.publish,
-        line.remove,
+        line.drop,
       ),
     );
     return line;
@@ -147,6 +145,8 @@ export class CheckpointsPanel {
 
   #update(line, record) {
     line.record = record;
+    const run = this.#state.runs.find((each) => each.id === record.run);
+    say(line.of, run ? `of ${run.label}` : short(record.run, 36));
     say(line.pill, record.kind);
     say(line.at.step, count(record.step));
     say(line.at.size, bytes(record.size_bytes));
@@ -158,7 +158,7 @@ export class CheckpointsPanel {
     say(line.publish, record.public ? "Unpublish" : "Publish");
     set(line.publish, "aria-label", `${record.public ? "Unpublish" : "Publish"} ${record.name}`);
     const may = this.#state.service.may;
-    line.publish.disabled = line.remove.disabled = !may.includes("train");
+    line.publish.disabled = line.drop.disabled = !may.includes("train");
     const model = this.#state.models.find((each) => each.name === record.base_model);
     line.try.hidden = record.kind === "training" || !model?.can_sample;
   }

@@ -30,6 +30,7 @@ def with_service(tmp_path: Path) -> Callable[[Check], None]:
     async def run(check: Check) -> None:
         hub = Hub(ServiceConfig(models=(ServedModel(name="base", path="none"),), data=tmp_path))
         await hub.open()
+        hub.is_ready = True  # with no model at all
         transport = httpx.ASGITransport(create_app(hub))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             await check(hub, client)

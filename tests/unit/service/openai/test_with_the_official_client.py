@@ -208,6 +208,42 @@ def test_a_text_that_cannot_be_tokenized_is_refused(
     assert rule in answer.json()["error"]["message"]
 
 
+def test_a_client_that_has_hung_up_is_not_drawn_for(speaker: Any, http: AsyncClient) -> None:
+    """As a server tells it: the body, then a disconnect while the sampler draws."""
+    ended: list[str] = []
+
+    async def sample(*asked: Any) -> Any:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("cancelled")
+
+    speaker.sample = sample
+    body = json.dumps({"model": "base", "prompt": "hi"}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)
+        return messages.pop(0) if len(messages) > 1 else messages[0]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", b"Bearer tml-right"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": headers,
+    }
+    transport: Any = http._transport
+    asyncio.run(asyncio.wait_for(transport.app(scope, receive, send), 10.0))
+    assert sent[0]["status"] == 499
+    assert ended == ["cancelled"]
+
+
 def test_a_wrong_key_is_refused_with_security_headers(
     client: AsyncOpenAI, http: AsyncClient
 ) -> None:
