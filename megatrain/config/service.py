@@ -87,7 +87,7 @@ class SamplerConfig(_Options):
 class ServedModel(_Options):
     """One base model with its ranks and samplers."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=256)
     """As clients call it: `Qwen/Qwen3-8B`."""
     path: str
     """Folder or hub id of the checkpoint."""

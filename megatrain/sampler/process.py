@@ -62,8 +62,7 @@ class ChildProcess:
     async def wait(self) -> int:
         """Wait for its end; return the exit status, 128 + n after signal n."""
         status = await self._process.wait()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._pump), 1.0)
+        await asyncio.wait([self._pump], timeout=1.0)
         return status
 
     async def end(self) -> None:

@@ -91,6 +91,10 @@ async def _serve(
         server.should_exit = True
         await serving
         await hub.close()
+    if starting.cancelled():
+        # What loads models cannot be interrupted; ranks end with this process.
+        logging.shutdown()
+        os._exit(status)
     return status
 
 

@@ -67,7 +67,8 @@ def _parse(fields: dict[str, Any], where: str) -> ServiceConfig:
     try:
         return ServiceConfig(**fields)
     except ValidationError as error:
-        raise ConfigError(f"{where} do not make a service: {error}") from error
+        wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(f"{where} do not make a service: {'; '.join(wrong)}") from None
 
 
 def _model(args: argparse.Namespace, path: str, name: str) -> dict[str, Any]:

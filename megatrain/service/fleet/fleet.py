@@ -16,7 +16,7 @@ from megatrain.bus.local_ranks import LocalRanks
 from megatrain.checkpoint.locate import locate
 from megatrain.config.bus import BusConfig
 from megatrain.config.service import ServedModel
-from megatrain.errors import BusError, ConfigError, RankError
+from megatrain.errors import BusError, ConfigError, RankError, StateError
 from megatrain.parallel.layout import DeviceMesh
 from megatrain.service.fleet.base_model import BaseModel
 from megatrain.service.fleet.whole import BASE, Whole
@@ -116,7 +116,15 @@ class Fleet:
             driver = Driver.launch(ranks, self._config)
         self.bus_watch.attach(driver.observers)
         self._adopted = dict(driver.adopted)
-        driver.call(OpenModel(model_id=self.served.path, options=dict(self.served.options)))
+        try:
+            driver.call(OpenModel(model_id=self.served.path, options=dict(self.served.options)))
+        except StateError as error:
+            driver.close()
+            raise ConfigError(
+                f"{self.name} was begun with other options than {dict(self.served.options)}, and "
+                f"what was accepted with them is in {self._journal}",
+                hint="serve it with the options it had, or in another --data",
+            ) from error
         self._driver, self.error = driver, ""
 
     def _rank_settings(self) -> dict[str, Any]:

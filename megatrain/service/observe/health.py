@@ -12,16 +12,6 @@ DATABASE_S = 2.0
 """Seconds in which the database must answer."""
 
 
-class Ranks(Protocol):
-    """A base model's ranks."""
-
-    error: str
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether commands are accepted."""
-
-
 class Served(Protocol):
     """One base model: `Deployment` has it."""
 

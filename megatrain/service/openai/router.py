@@ -8,7 +8,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from megatrain.errors import NotFoundError
 from megatrain.service.openai.answer import events
 from megatrain.service.openai.chat import Chat
 from megatrain.service.openai.completions import Completion
@@ -49,7 +48,8 @@ def _add_models(
         for each in await completer.models(who):
             if each.id == model:
                 return _shown(each)
-        raise NotFoundError(f"there is no model {model!r}", hint="GET models lists them")
+        target = await completer.resolve(who, model)  # a name that is not listed
+        return _shown(Model(target.name, 0, who.project))
 
 
 def _shown(model: Model) -> Json:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 from megatrain.service.store import tables
 from megatrain.service.store.records import AuditEntry
@@ -48,12 +48,3 @@ def audit_page(project: str, limit: int, offset: int) -> Callable[[Connection], 
     return lambda connection: [
         record(AuditEntry, row) for row in connection.execute(query).mappings()
     ]
-
-
-def forget_audit(before: float) -> Change:
-    """Forget what was done before."""
-
-    def change(connection: Connection) -> None:
-        connection.execute(delete(_AUDIT).where(_AUDIT.c.time < before))
-
-    return change

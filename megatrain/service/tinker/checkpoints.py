@@ -23,7 +23,7 @@ from megatrain.service.wire.schema import (
     ExternalWeightsUrlsReply,
     SetTtlRequest,
 )
-from megatrain.service.work.saves import KINDS, key_of
+from megatrain.service.work.saves import KINDS, check_number, key_of
 
 router = APIRouter(tags=["checkpoints"])
 
@@ -142,6 +142,8 @@ async def copy_weights(body: CopyWeightsRequest, hub: TheHub, who: Trainer) -> C
     path = f"tinker://{run}/{KINDS[source.kind]}/{name}"
     if await hub.store.read(checkpoints.get(who.project, path)) is not None:
         raise DataError(f"there is a checkpoint {path} already")
+    count, _ = await hub.store.read(checkpoints.sizes(who.project))
+    check_number(count, hub.config.limits.max_checkpoints)
     await _copy(hub, source, path)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     copy = replace(
@@ -162,6 +164,8 @@ async def copy_weights(body: CopyWeightsRequest, hub: TheHub, who: Trainer) -> C
 async def _copy(hub: Hub, source: Checkpoint, path: str) -> None:
     folder = await hub.files.local_folder(source.location)
     place = hub.files.scratch / f"copy-{time.monotonic_ns()}"
-    await asyncio.to_thread(shutil.copytree, folder, place)
-    await hub.files.put_folder(key_of(path), place)
-    await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+    try:
+        await asyncio.to_thread(shutil.copytree, folder, place)
+        await hub.files.put_folder(key_of(path), place)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)

@@ -103,7 +103,7 @@ class Sampling:
         """
         if self.paused:
             raise RankError("the service is being ended", hint="try again")
-        if len(self._waiting.get(project, ())) >= most:
+        if sum(not each.is_gone() for each in self._waiting.get(project, ())) >= most:
             raise BusyError(
                 f"{most} requests of this project wait already, which is the limit",
                 hint="wait until some are done",

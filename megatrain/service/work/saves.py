@@ -175,11 +175,8 @@ class Saves:
                 hint="choose another name, delete it, or save with overwrite",
             )
         count, _ = await self._store.read(checkpoints.sizes(run.project))
-        if before is None and count >= self._max_checkpoints:
-            raise StateError(
-                f"this project has {count} checkpoints, which is all that it may have",
-                hint="delete some, or give them a ttl",
-            )
+        if before is None:
+            check_number(count, self._max_checkpoints)
         key = key_of(path)
         folder = await self._save(run, with_optimizer=kind == "training")
         try:
@@ -216,6 +213,15 @@ class Saves:
         command = Save(adapter=run.adapter, directory=str(folder), save_optimizer=with_optimizer)
         await self._fleet.do(command)
         return folder
+
+
+def check_number(count: int, most: int) -> None:
+    """Raise StateError for a project that has as many checkpoints as it may have."""
+    if count >= most:
+        raise StateError(
+            f"this project has {count} checkpoints, which is all that it may have",
+            hint="delete some, or give them a ttl",
+        )
 
 
 def key_of(path: str) -> str:
