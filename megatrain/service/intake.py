@@ -114,7 +114,7 @@ class Intake:
         is_new = self._is_new(principal.project, run_id, seq)
         before = await self._futures.known(principal.project, idem, is_new=is_new)
         if before is not None:
-            return before
+            return _same(before, kind)
         deployment, run = self.run(principal.project, run_id)
         ticket = self._ticket(principal, kind, run.record.session, idem, content, payload)
         ticket.run, ticket.seq, ticket.tokens = run_id, seq, tokens
@@ -122,7 +122,7 @@ class Intake:
         ticket.is_barrier = is_barrier(kind, deployment)
         accepted = await self._futures.accept(ticket)
         if accepted is not ticket:
-            return accepted
+            return _same(accepted, kind)
         if run.closed:  # while this was committed
             error = StateError(f"the model {run_id} was given back")
             await self._futures.finish(ticket, Result.of_error(error))
@@ -197,6 +197,16 @@ def kept_refusal(error: MegatrainError) -> bytes:
 def refusal_of(payload: bytes) -> DataError | None:
     """Return why a request that was kept is to be refused, if it is."""
     return DataError(payload[1:].decode()) if payload[:1] == REFUSED else None
+
+
+def _same(before: Ticket, kind: str) -> Ticket:
+    """Return the request that came before with the same number, if it is of the same kind."""
+    if before.kind != kind:
+        raise StateError(
+            f"request {before.seq} of this model is its {before.kind}, and no {kind}",
+            hint="number a run's requests one after the other",
+        )
+    return before
 
 
 def new_run(  # noqa: PLR0913 - a record has many fields

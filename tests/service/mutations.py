@@ -49,6 +49,8 @@ NASTY: tuple[Any, ...] = (
     *({"": 1}, [0] * 5000, ["x"] * 5000, {str(key): key for key in range(2000)}),
 )
 """Values that no field likes."""
+LARGEST = 100_000
+"""Bytes from which on a message is not changed again: gigabytes have tests of their own."""
 DEEP = b'{"a":' * 100_000
 """JSON that is nested as deep as a stack."""
 
@@ -120,6 +122,8 @@ def mutated_message(draw: random.Random, run: str, seq: int) -> bytes:
     message = theirs.ForwardBackwardRequest.FromString(protobuf(run, seq))
     for _ in range(draw.randint(1, 2)):
         draw.choice(MESSAGES)(draw, message)
+        if message.ByteSize() > LARGEST:  # a second change may make it a thousand times larger
+            break
     return bytes(message.SerializeToString())
 
 

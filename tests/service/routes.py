@@ -50,7 +50,7 @@ class Owned:
 
     def client(self, server: Server, prefix: str = "") -> httpx.Client:
         """Return a client with this project's key."""
-        headers = {"X-API-Key": self.key}
+        headers = {"X-API-Key": self.key.encode("latin-1")}  # as on the wire
         return httpx.Client(base_url=server.url + prefix, headers=headers, timeout=60)
 
 
@@ -279,17 +279,17 @@ ROUTES: dict[str, Route] = {
         lambda o, a: {"model_id": o.run, "adam_params": {}},
     ),
     f"POST {_V1}/save_weights": train(
-        lambda o, a: {"model_id": o.run, "path": "stolen", "seq_id": SEQ + 4}
-    ),
-    f"POST {_V1}/save_weights_external": train(
         lambda o, a: {"model_id": o.run, "path": "stolen", "seq_id": SEQ + 5}
     ),
+    f"POST {_V1}/save_weights_external": train(
+        lambda o, a: {"model_id": o.run, "path": "stolen", "seq_id": SEQ + 6}
+    ),
     f"POST {_V1}/save_weights_for_sampler": train(
-        lambda o, a: {"model_id": o.run, "path": "stolen", "seq_id": SEQ + 6},
-        lambda o, a: {"model_id": o.run, "sampling_session_seq_id": 7, "seq_id": SEQ + 7},
+        lambda o, a: {"model_id": o.run, "path": "stolen", "seq_id": SEQ + 7},
+        lambda o, a: {"model_id": o.run, "sampling_session_seq_id": 7, "seq_id": SEQ + 8},
     ),
     f"POST {_V1}/load_weights": train(
-        lambda o, a: {"model_id": o.run, "path": o.state, "seq_id": SEQ + 8},
+        lambda o, a: {"model_id": o.run, "path": o.state, "seq_id": SEQ + 9},
         lambda o, a: {"session_id": a.session, "model_seq_id": 6, "path": o.state},
         lambda o, a: {
             "session_id": a.session,
