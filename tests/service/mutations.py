@@ -11,7 +11,7 @@ import numpy as np
 import zstandard
 from tinker.proto import tinker_public_pb2 as theirs
 
-from tests.service.routes import protobuf
+from tests.service.owned import protobuf
 
 BILLION = 10**9
 INF, NAN = float("inf"), float("nan")

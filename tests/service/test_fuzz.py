@@ -32,7 +32,8 @@ from tests.fixtures.small_model import make_small_model
 from tests.service import mutations, routes
 from tests.service.clients import datum
 from tests.service.configured import ConfiguredServer
-from tests.service.routes import PROTOBUF, ROUTES, Owned, new_run, own, result
+from tests.service.owned import PROTOBUF, Owned, new_run, own, protobuf, result
+from tests.service.routes import ROUTES
 from tests.service.sdk_clients import client
 from tests.service.server import NAME
 
@@ -176,8 +177,8 @@ def damaged_pass(draw: random.Random, run: str, seq: int) -> bytes:
     if change < 0.5:
         return mutations.mutated_message(draw, run, seq)
     if change < 0.9:
-        return mutations.mutated_bytes(draw, routes.protobuf(run, seq))
-    return routes.protobuf(run, draw.choice([seq, seq, 1, seq + 1]))
+        return mutations.mutated_bytes(draw, protobuf(run, seq))
+    return protobuf(run, draw.choice([seq, seq, 1, seq + 1]))
 
 
 def test_what_is_wrong_with_a_body_is_said_before_any_rank_is_asked(tmp_path):
@@ -282,8 +283,7 @@ def test_numbers_far_ahead_replayed_and_in_any_order_cost_nobody_anything(server
         run = new_run(http, hostile.session, 90)
         numbers = [3, 1, 2, 1, 3, 2, 5, 4, 4]
         answers = [
-            send(http, "/forward_backward", routes.protobuf(run, seq), dict(PROTOBUF))
-            for seq in numbers
+            send(http, "/forward_backward", protobuf(run, seq), dict(PROTOBUF)) for seq in numbers
         ]
         ids: dict[int, set[str]] = {}
         for seq, answer in zip(numbers, answers, strict=True):
@@ -294,7 +294,7 @@ def test_numbers_far_ahead_replayed_and_in_any_order_cost_nobody_anything(server
         step = {"model_id": run, "seq_id": 6, "adam_params": {}}
         said = http.post("/optim_step", json=step).json()
         assert result(http, said["request_id"]).json()["metrics"]["step"] == 1.0
-        far = send(http, "/forward_backward", routes.protobuf(run, 2**31 - 1), dict(PROTOBUF))
+        far = send(http, "/forward_backward", protobuf(run, 2**31 - 1), dict(PROTOBUF))
         assert "never came" in result(http, far.json()["request_id"]).json()["error"]
 
 
@@ -326,7 +326,7 @@ def test_a_pass_that_is_refused_for_one_tenants_sake_is_done_for_the_others(
 def send_pass(
     http: httpx.Client, run: str, seq: int, *, large: bool = False, wrong: bool = False
 ) -> str:
-    body = routes.protobuf(run, seq, copies=1000 if large else 1)
+    body = protobuf(run, seq, copies=1000 if large else 1)
     if wrong:
         body = mutations.with_nan(body)
     answer = send(http, "/forward_backward", body, dict(PROTOBUF))

@@ -17,7 +17,8 @@ from tests.fixtures.small_model import make_small_model
 from tests.service import routes
 from tests.service.configured import ConfiguredServer
 from tests.service.mutations import with_nan
-from tests.service.routes import PROTOBUF, ROUTES, Case, Owned, new_run, own, protobuf, result
+from tests.service.owned import DONE, PROTOBUF, Owned, new_run, own, protobuf, result
+from tests.service.routes import ROUTES, Case
 from tests.service.sdk_clients import client
 from tests.service.server import NAME
 
@@ -106,7 +107,7 @@ def seen_by(server: ConfiguredServer, owner: Owned) -> dict[str, object]:
         paths += (f"/api/v1/sessions/{owner.session}", f"/api/v1/samplers/{owner.sampler}")
         seen: dict[str, object] = {path: http.get(path).raise_for_status().json() for path in paths}
         beat = http.post("/api/v1/session_heartbeat", json={"session_id": owner.session})
-        again = {"model_id": owner.run, "seq_id": routes.DONE, "adam_params": {}}
+        again = {"model_id": owner.run, "seq_id": DONE, "adam_params": {}}
         seen["beat"] = beat.status_code
         seen["done"] = http.post("/api/v1/optim_step", json=again).json()
     return seen
@@ -145,7 +146,8 @@ def keyed(server) -> Owned:
 
 def statuses(server: ConfiguredServer, owned: Owned, key: str) -> dict[str, int]:
     """Return what every route answers to a key, where the request itself is the owner's."""
-    with httpx.Client(base_url=server.url, headers={"X-API-Key": key}, timeout=60) as http:
+    headers = {"X-API-Key": key.encode("latin-1")}  # as on the wire
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
         return {
             name: routes.call(http, name, route.cases[0].make(owned, owned)).status_code
             for name, route in ROUTES.items()

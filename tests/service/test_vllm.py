@@ -4,37 +4,32 @@ Needs `megatrain sampler install --cpu` (or MEGATRAIN_VLLM_HOME), and head_dim 3
 """
 
 import asyncio
-import contextlib
 import itertools
 import os
 import signal
-import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-import tinker
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from tinker import types
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatrain.cli.quickstart.base_model import build_model
-from megatrain.cli.quickstart.tokenizer import build_tokenizer
-from megatrain.config.service import SamplerConfig
 from megatrain.errors import ConfigError, DataError
-from megatrain.sampler.types import SampleRequest, SampleResult
-from megatrain.sampler.vllm.environment import find
+from megatrain.sampler.types import SampleResult
 from megatrain.sampler.vllm.sampler import VllmSampler
-from megatrain.testing.tiny import make_checkpoint
-from tests.fixtures.small_model import SHAPE, TEXT
-from tests.service.server import NAME, Server
+from tests.service.vllm_setting import (
+    ENVIRONMENT,
+    LINEARS,
+    NAMES,
+    PROMPT,
+    Setting,
+    assert_close,
+    logits_of,
+    request,
+    shaped,
+)
 
-ENVIRONMENT = find()
 pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.slow,
@@ -44,63 +39,6 @@ pytestmark = [
         ENVIRONMENT is None, reason="vLLM is not installed: `megatrain sampler install --cpu`"
     ),
 ]
-TOLERANCE = 1e-4
-"""Of log-probabilities in float32, by two programs; 1e-5 is usual."""
-PROMPT = tuple(range(20, 29))
-LINEARS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
-TARGETS = {"a": LINEARS, "b": [*LINEARS, "lm_head"]}
-NAMES = (None, "a", "b")
-OPTIONS: dict[str, Any] = {"max_batch": 32, "max_lora_rank": 8, "kv_cache_bytes": 64 << 20}
-
-
-def make_base(folder: Path) -> Path:
-    """Write a model whose heads are wide enough for vLLM."""
-    tokenizer = build_tokenizer(TEXT, vocab_size=SHAPE.vocab_size)
-    build_model(replace(SHAPE, head_dim=32), tokenizer, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-class Setting:
-    """A base, two adapters, and an engine that has them."""
-
-    def __init__(self, folder: Path, runner: asyncio.Runner) -> None:
-        self.runner = runner
-        self.base = make_base(folder / "base")
-        self.folders = {
-            name: self.adapter(folder / name, seed, targets)
-            for seed, (name, targets) in enumerate(TARGETS.items())
-        }
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.base)
-        config = SamplerConfig(engine="vllm", max_adapters=3, max_loras=2, **OPTIONS)
-        self.sampler = VllmSampler(config, self.base, is_float32=True, environment=ENVIRONMENT)
-
-    def plain(self) -> Any:
-        """Return the base alone."""
-        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
-
-    def adapter(self, folder: Path, seed: int, targets: list[str]) -> Path:
-        """Write an adapter that matters."""
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            get_peft_model(self.plain(), config).save_pretrained(folder)
-        return folder
-
-    def truth(self, name: str | None, folder: Path | None = None) -> Any:
-        """Return Transformers' model with an adapter of PEFT."""
-        if name is None:
-            return self.plain()
-        return PeftModel.from_pretrained(self.plain(), str(folder or self.folders[name])).eval()
-
-    def sample(self, *requests: SampleRequest) -> list[SampleResult]:
-        """Draw several requests at once."""
-
-        async def draw() -> list[SampleResult]:
-            return list(await asyncio.gather(*map(self.sampler.sample, requests)))
-
-        return self.runner.run(draw())
 
 
 @pytest.fixture(scope="module")
@@ -112,33 +50,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
             runner.run(made.sampler.load_adapter(name, folder))
         yield made
         runner.run(made.sampler.close())
-
-
-def request(**values: Any) -> SampleRequest:
-    return SampleRequest(**{"prompt": PROMPT, "max_tokens": 12, "stop": (), **values})
-
-
-def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
-
-
-def shaped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Return log-probabilities as Transformers' own processors make them."""
-    from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
-
-    logits = logits / temperature
-    nothing: Any = None
-    if top_k > 0:
-        logits = TopKLogitsWarper(top_k)(nothing, logits)
-    if top_p < 1:
-        logits = TopPLogitsWarper(top_p)(nothing, logits)
-    return logits.log_softmax(-1)
-
-
-def assert_close(found: npt.NDArray[Any], expected: torch.Tensor) -> None:
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -435,75 +346,3 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(setting: Setting)
     assert setting.sampler.status().adapters == ["a", "b"]
     (other,) = setting.sample(request(adapter="a"))
     assert_agrees(setting.truth("a"), other)
-
-
-def test_experts_are_adapted_in_one_tensor_as_peft_writes_them(tmp_path: Path) -> None:
-    """A mixture without a tokenizer, on processors, where vLLM itself has no kernel for it."""
-    base = make_checkpoint(tmp_path / "base", "qwen3_moe", head_dim=32, initializer_range=0.05)
-    torch.manual_seed(1)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=16,
-        target_modules=["q_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        init_lora_weights=False,
-    )
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    adapted = get_peft_model(plain, config).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-
-    async def draw() -> list[SampleResult]:
-        options = SamplerConfig(engine="vllm", max_adapters=2, **OPTIONS)
-        sampler = VllmSampler(options, base, is_float32=True, environment=ENVIRONMENT)
-        await sampler.start()
-        try:
-            await sampler.load_adapter("e", tmp_path / "adapter")
-            asked = [request(adapter=name, prompt_logprobs=True) for name in (None, "e")]
-            with pytest.raises(DataError, match="need a tokenizer"):
-                await sampler.sample(request(stop=("a",)))
-            return list(await asyncio.gather(*map(sampler.sample, asked)))
-        finally:
-            await sampler.close()
-
-    of_base, of_adapter = asyncio.run(draw())
-    for result, model in ((of_adapter, adapted), (of_base, adapted.get_base_model())):
-        with adapted.disable_adapter() if result is of_base else contextlib.nullcontext():
-            assert_agrees(model, result)
-            logprobs = logits_of(model, PROMPT)[:-1].log_softmax(-1)
-        own = logprobs.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
-        assert result.prompt_logprobs is not None
-        assert_close(result.prompt_logprobs[1:], own)
-    assert not np.allclose(of_base.prompt_logprobs[1:], of_adapter.prompt_logprobs[1:], atol=0.1)
-
-
-def test_the_service_samples_with_vllm_from_what_was_trained(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """The service itself compares trainer and sampler before a version is sampled from."""
-    base = make_base(tmp_path_factory.mktemp("base") / "base")
-    server = Server(base, tmp_path_factory.mktemp("service"), "--sampler", "vllm")
-    server.start()
-    try:
-        warnings.simplefilter("ignore")
-        service = tinker.ServiceClient(base_url=server.url, api_key=server.key)
-        training = service.create_lora_training_client(base_model=NAME, rank=4, seed=1).result()
-        ids = list(range(5, 26))
-        datum = types.Datum(
-            model_input=types.ModelInput.from_ints(ids[:-1]),
-            loss_fn_inputs={
-                "target_tokens": types.TensorData(data=ids[1:], dtype="int64", shape=[20])
-            },
-        )
-        training.forward_backward([datum], "cross_entropy").result()
-        training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
-        sampler = training.save_weights_and_get_sampling_client()
-        scored = training.forward([datum], "cross_entropy").result()
-        trained = list(scored.loss_fn_outputs[0]["logprobs"].data)
-        found = sampler.compute_logprobs(types.ModelInput.from_ints(ids)).result()
-        np.testing.assert_allclose(found[1:], trained, atol=TOLERANCE)
-        params = types.SamplingParams(max_tokens=6, seed=3, temperature=1.0, stop=[])
-        drawn = sampler.sample(types.ModelInput.from_ints(ids[:5]), 3, params).result().sequences
-        assert len({tuple(each.tokens) for each in drawn}) == 3
-        assert "Loaded new LoRA adapter: name" in server.log  # vLLM's own word
-    finally:
-        assert server.stop() == 0
