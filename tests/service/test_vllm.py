@@ -9,7 +9,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from tests.service.vllm_setting import (
     NAMES,
     PROMPT,
     Setting,
+    assert_agrees,
     assert_close,
     logits_of,
     request,
@@ -269,14 +269,6 @@ def test_adapters_that_were_evicted_answer_again(setting: Setting, tmp_path: Pat
     for name in folders:
         setting.runner.run(setting.sampler.unload_adapter(name))
     assert setting.sampler.status().adapters == ["a", "b"]
-
-
-def assert_agrees(model: Any, result: SampleResult) -> None:
-    """Compare a sample's log-probabilities with those of Transformers and PEFT."""
-    for sequence in result.sequences:
-        logits = logits_of(model, (*PROMPT, *sequence.tokens))[len(PROMPT) - 1 : -1]
-        chosen = torch.tensor(sequence.tokens)[:, None]
-        assert_close(sequence.logprobs, logits.log_softmax(-1).gather(1, chosen)[:, 0])
 
 
 class Publishing:

@@ -24,6 +24,7 @@ from tests.service.vllm_setting import (
     OPTIONS,
     PROMPT,
     TOLERANCE,
+    assert_agrees,
     assert_close,
     logits_of,
     make_base,

@@ -104,3 +104,11 @@ def shaped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
 
 def assert_close(found: npt.NDArray[Any], expected: torch.Tensor) -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def assert_agrees(model: Any, result: SampleResult) -> None:
+    """Compare a sample's log-probabilities with those of Transformers and PEFT."""
+    for sequence in result.sequences:
+        logits = logits_of(model, (*PROMPT, *sequence.tokens))[len(PROMPT) - 1 : -1]
+        chosen = torch.tensor(sequence.tokens)[:, None]
+        assert_close(sequence.logprobs, logits.log_softmax(-1).gather(1, chosen)[:, 0])
