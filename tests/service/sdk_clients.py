@@ -23,6 +23,11 @@ def close_clients() -> None:
     holders = [each for each in gc.get_objects() if type(each) is InternalClientHolder]
     for holder in holders:
         holder.run_coroutine_threadsafe(holder.aclose()).result(CLOSE_S)
+    del holders
+    with warnings.catch_warnings():
+        # A client whose connection broke takes a new pool, and leaves the old one to the collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def client(server: "Server", key: str | None = None) -> tinker.ServiceClient:
