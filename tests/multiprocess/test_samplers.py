@@ -12,36 +12,39 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 from megatrain.config.service import SamplerConfig
 from megatrain.errors import ConfigError, DataError
 from megatrain.sampler.transformers_sampler import TransformersSampler
-from megatrain.sampler.types import SampleRequest, SampleResult
+from megatrain.sampler.types import SampleResult
+from tests.fixtures.sampling_truth import (
+    NAMES,
+    PROMPT,
+    TOLERANCE,
+    Engine,
+    assert_close,
+    logits_of,
+    request,
+    shaped,
+)
 from tests.fixtures.small_model import make_small_model
 
 pytestmark = pytest.mark.multiprocess
-TOLERANCE = 1e-4
-PROMPT = tuple(range(20, 29))
-NAMES = (None, "a", "b")
 
 
-class Setting:
+class Setting(Engine):
     """A base, two adapters, and an engine that has them."""
 
     def __init__(self, folder: Path, runner: asyncio.Runner) -> None:
-        self.runner = runner
+        super().__init__(runner)
         self.base = make_small_model(folder / "base")
         self.folders = {name: self.adapter(folder / name, seed) for seed, name in enumerate("ab")}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.base)
         self.sampler = TransformersSampler(
             SamplerConfig(max_adapters=2), self.base, is_float32=True
         )
-
-    def plain(self) -> Any:
-        """Return the base alone."""
-        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def adapter(self, folder: Path, seed: int) -> Path:
         """Write an adapter that matters."""
@@ -50,22 +53,6 @@ class Setting:
         config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
         get_peft_model(self.plain(), config).save_pretrained(folder)
         return folder
-
-    def truth(self, name: str | None, folder: Path | None = None) -> Any:
-        """Return Transformers' model with an adapter of PEFT."""
-        if name is None and folder is None:
-            return self.plain()
-        return PeftModel.from_pretrained(
-            self.plain(), str(folder or self.folders[str(name)])
-        ).eval()
-
-    def sample(self, *requests: SampleRequest) -> list[SampleResult]:
-        """Draw several requests at once."""
-
-        async def draw() -> list[SampleResult]:
-            return list(await asyncio.gather(*map(self.sampler.sample, requests)))
-
-        return self.runner.run(draw())
 
 
 @pytest.fixture(scope="module")
@@ -77,33 +64,6 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
             runner.run(made.sampler.load_adapter(name, folder))
         yield made
         runner.run(made.sampler.close())
-
-
-def request(**values: Any) -> SampleRequest:
-    return SampleRequest(**{"prompt": PROMPT, "max_tokens": 12, "stop": (), **values})
-
-
-def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
-
-
-def shaped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Return log-probabilities as Transformers' own processors make them."""
-    from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
-
-    logits = logits / temperature
-    nothing: Any = None
-    if top_k > 0:
-        logits = TopKLogitsWarper(top_k)(nothing, logits)
-    if top_p < 1:
-        logits = TopPLogitsWarper(top_p)(nothing, logits)
-    return logits.log_softmax(-1)
-
-
-def assert_close(found: npt.NDArray[Any], expected: torch.Tensor) -> None:
-    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)

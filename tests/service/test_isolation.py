@@ -328,11 +328,7 @@ def test_a_project_may_have_so_many_checkpoints(limited):
 @pytest.mark.slow
 def test_a_session_that_is_over_while_its_requests_run_leaves_nothing(limited):
     """Every request gets a result, the adapters leave the ranks, and a new start finds none."""
-    with httpx.Client(
-        base_url=f"{limited.url}/api/v1",
-        headers={"X-API-Key": limited.create_key("--project", "silent")},
-        timeout=60,
-    ) as http:
+    with limited.http(limited.create_key("--project", "silent")) as http:
         session, runs = begin(http)
         limit = time.monotonic() + SESSION_S + 30
         requests, seq, status = [], 0, 200
@@ -359,11 +355,7 @@ def test_a_session_that_is_over_while_its_requests_run_leaves_nothing(limited):
 
 @pytest.mark.slow
 def test_what_was_refused_or_given_up_is_so_after_a_new_start(limited):
-    with httpx.Client(
-        base_url=f"{limited.url}/api/v1",
-        headers={"X-API-Key": limited.create_key("--project", "waiting")},
-        timeout=60,
-    ) as http:
+    with limited.http(limited.create_key("--project", "waiting")) as http:
         _, (run, _) = begin(http)
 
         def send(seq: int, content: bytes | None = None) -> str:

@@ -17,28 +17,18 @@ import torch
 from megatrain.errors import ConfigError, DataError
 from megatrain.sampler.types import SampleResult
 from megatrain.sampler.vllm.sampler import VllmSampler
-from tests.service.vllm_setting import (
-    ENVIRONMENT,
-    LINEARS,
+from tests.fixtures.sampling_truth import (
     NAMES,
     PROMPT,
-    Setting,
     assert_agrees,
     assert_close,
     logits_of,
     request,
     shaped,
 )
+from tests.service.vllm_setting import LINEARS, MARKS, Setting
 
-pytestmark = [
-    pytest.mark.multiprocess,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.skipif(
-        ENVIRONMENT is None, reason="vLLM is not installed: `megatrain sampler install --cpu`"
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

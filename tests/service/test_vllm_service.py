@@ -18,28 +18,18 @@ from megatrain.errors import DataError
 from megatrain.sampler.types import SampleResult
 from megatrain.sampler.vllm.sampler import VllmSampler
 from megatrain.testing.tiny import make_checkpoint
-from tests.service.server import NAME, Server
-from tests.service.vllm_setting import (
-    ENVIRONMENT,
-    OPTIONS,
+from tests.fixtures.sampling_truth import (
     PROMPT,
     TOLERANCE,
     assert_agrees,
     assert_close,
     logits_of,
-    make_base,
     request,
 )
+from tests.service.server import NAME, Server
+from tests.service.vllm_setting import ENVIRONMENT, MARKS, OPTIONS, make_base
 
-pytestmark = [
-    pytest.mark.multiprocess,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.skipif(
-        ENVIRONMENT is None, reason="vLLM is not installed: `megatrain sampler install --cpu`"
-    ),
-]
+pytestmark = MARKS
 
 
 def test_experts_are_adapted_in_one_tensor_as_peft_writes_them(tmp_path: Path) -> None:

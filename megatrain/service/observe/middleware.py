@@ -66,7 +66,7 @@ class Observed:
         with serving(note), _span(self._tracing, note, headers, scope) as span:
             try:
                 await self._app(scope, receive, marked)
-            except Exception as error:
+            except Exception as error:  # whatever it is, it is answered with headers and an id
                 answer = self._fail(scope["path"], error)
                 if seconds:  # the answer has begun: it can only be broken off
                     raise
