@@ -17,6 +17,12 @@ import torch
 from megatrain.errors import ConfigError, DataError
 from megatrain.sampler.types import SampleResult
 from megatrain.sampler.vllm.sampler import VllmSampler
+from tests.fixtures.sampling_checks import (
+    check_distribution,
+    check_draws,
+    check_text_that_spans_tokens,
+    check_token_that_ends,
+)
 from tests.fixtures.sampling_truth import (
     NAMES,
     PROMPT,
@@ -24,7 +30,6 @@ from tests.fixtures.sampling_truth import (
     assert_close,
     logits_of,
     request,
-    shaped,
 )
 from tests.service.vllm_setting import LINEARS, MARKS, Setting
 
@@ -63,31 +68,12 @@ def test_greedy_tokens_are_those_of_transformers_with_peft(
     [(0.5, -1, 1.0), (1.0, -1, 1.0), (2.0, -1, 1.0), (1.0, 5, 1.0), (1.3, -1, 0.7), (0.8, 20, 0.9)],
 )
 def test_log_probabilities_are_of_the_distribution_that_was_sampled(
-    setting: Setting, temperature: float, top_k: int, top_p: float
+    setting: Setting,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> None:
-    prompts = [PROMPT, PROMPT[:3], PROMPT[2:]]
-    results = setting.sample(
-        *(
-            request(
-                prompt=prompt, adapter=name, num_samples=3, temperature=temperature,
-                top_k=top_k, top_p=top_p, seed=1, topk_sample_logprobs=2,
-            )
-            for prompt, name in zip(prompts, NAMES, strict=True)
-        )
-    )  # fmt: skip
-    for result, name, prompt in zip(results, NAMES, prompts, strict=True):
-        model = setting.truth(name)
-        for sequence in result.sequences:
-            logits = logits_of(model, (*prompt, *sequence.tokens))[len(prompt) - 1 : -1]
-            logprobs = shaped(logits, temperature, top_k, top_p)
-            chosen = torch.tensor(sequence.tokens)[:, None]
-            assert_close(sequence.logprobs, logprobs.gather(1, chosen)[:, 0])
-            assert sequence.topk is not None
-            best = logprobs.topk(2)
-            assert_close(
-                sequence.topk.logprobs, best.values.masked_fill(best.values.isinf(), -99999.0)
-            )
-            assert sequence.topk.tokens[0, 0] == best.indices[0, 0]
+    check_distribution(setting, temperature, top_k, top_p)
 
 
 def test_a_seed_gives_the_same_samples_that_differ_from_each_other(setting: Setting) -> None:
@@ -99,16 +85,10 @@ def test_a_seed_gives_the_same_samples_that_differ_from_each_other(setting: Sett
     assert len({tuple(tokens) for tokens in [*first, *other]}) == 80
 
 
-def test_draws_follow_the_distribution(setting: Setting) -> None:
-    draws = 2000
-    (result,) = setting.sample(request(num_samples=draws, max_tokens=1, top_k=12, seed=3))
-    counts = np.bincount([each.tokens[0] for each in result.sequences], minlength=512)
-    logits = logits_of(setting.truth(None), PROMPT)[-1:]
-    expected = draws * shaped(logits, 1.0, 12, 1.0)[0].exp().double().numpy()
-    assert counts[expected == 0].sum() == 0
-    kept = expected > 0
-    statistic = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
-    assert statistic < 31.3  # 11 degrees of freedom, one in a thousand
+def test_draws_follow_the_distribution(
+    setting: Setting,
+) -> None:
+    check_draws(setting, 2000)
 
 
 def test_prompts_of_base_and_adapters_are_scored_together(setting: Setting) -> None:
@@ -159,34 +139,16 @@ def test_the_prompt_is_scored_in_every_way(
     assert_close(found.prompt_alt_logprobs, alts)
 
 
-def test_a_text_that_spans_tokens_ends_a_sequence_and_stays_in_it(setting: Setting) -> None:
-    seed, tokens, stop = _spanning(setting)
-    (stopped,) = setting.sample(request(max_tokens=40, seed=seed, stop=(stop,)))
-    sequence = stopped.sequences[0]
-    assert sequence.stop_reason == "stop"
-    assert sequence.tokens == tokens[: len(sequence.tokens)]
-    assert stop in setting.tokenizer.decode(sequence.tokens)
-    assert stop not in setting.tokenizer.decode(sequence.tokens[:-1])
+def test_a_text_that_spans_tokens_ends_a_sequence_and_stays_in_it(
+    setting: Setting,
+) -> None:
+    check_text_that_spans_tokens(setting)
 
 
-def _spanning(setting: Setting) -> tuple[int, list[int], str]:
-    """Return a seed, what it draws, and a text of two letters that two tokens share."""
-    for seed in range(100):
-        (free,) = setting.sample(request(max_tokens=40, seed=seed))
-        tokens = free.sequences[0].tokens
-        texts = [setting.tokenizer.decode([token]) for token in tokens]
-        for one, two in itertools.pairwise(texts[3:38]):
-            if all(each and each.isascii() and each.isprintable() for each in (one, two)):
-                return seed, tokens, one[-1] + two[0]
-    raise AssertionError("no two tokens in a row are plain text")
-
-
-def test_token_ids_end_a_sequence_and_stay_in_it(setting: Setting) -> None:
-    (free,) = setting.sample(request(max_tokens=40, seed=11))
-    tokens = free.sequences[0].tokens
-    (stopped,) = setting.sample(request(max_tokens=40, seed=11, stop=(tokens[9],)))
-    assert stopped.sequences[0].tokens == tokens[: tokens.index(tokens[9]) + 1]
-    assert stopped.sequences[0].stop_reason == "stop"
+def test_token_ids_end_a_sequence_and_stay_in_it(
+    setting: Setting,
+) -> None:
+    check_token_that_ends(setting)
 
 
 def test_the_models_end_ends_a_sequence_unless_nothing_may(setting: Setting) -> None:

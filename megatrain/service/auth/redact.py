@@ -20,15 +20,6 @@ def redacted(text: str) -> str:
     return _SECRET.sub("[secret]", text)
 
 
-class Redact(logging.Filter):
-    """Takes secrets out of log records."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record; let it pass."""
-        clean_record(record)
-        return True
-
-
 def clean_record(record: logging.LogRecord) -> None:
     """Take secrets out of a record's message and of its traceback."""
     try:
