@@ -3,6 +3,7 @@
 import gc
 import random
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import tinker
@@ -15,15 +16,20 @@ if TYPE_CHECKING:
 CLOSE_S = 30.0
 
 
-def close_clients() -> None:
+def holders() -> list[InternalClientHolder]:
+    """Return what every client of the SDK in this process is a face of."""
+    return [each for each in gc.get_objects() if type(each) is InternalClientHolder]
+
+
+def close_clients(but: Sequence[InternalClientHolder] = ()) -> None:
     """Close every client of the SDK in this process, and wait until it is closed.
 
     One that is left asks for its session, and holds sockets, to the end of the process.
     """
-    holders = [each for each in gc.get_objects() if type(each) is InternalClientHolder]
-    for holder in holders:
-        holder.run_coroutine_threadsafe(holder.aclose()).result(CLOSE_S)
-    del holders
+    for holder in holders():
+        if all(holder is not each for each in but):
+            holder.run_coroutine_threadsafe(holder.aclose()).result(CLOSE_S)
+            del holder
     with warnings.catch_warnings():
         # A client whose connection broke takes a new pool, and leaves the old one to the collector.
         warnings.simplefilter("ignore", ResourceWarning)
