@@ -96,20 +96,15 @@ def make_job(args: argparse.Namespace, folder: Path) -> Any:
     from megatrain.cli.bench.job import Job
     from megatrain.parallel.layout import DeviceMesh
 
-    shape = SHAPES[args.shape]
-    mesh = DeviceMesh(**{axis: getattr(args, axis) for axis in AXES})
-    dtype = args.dtype or shape.dtype
-    cache = folder if args.cache is None else args.cache.resolve()
-    return Job(
-        folder=folder,
-        checkpoint=cache / f"{args.shape}-{dtype}-seed{args.seed}",
-        shape_name=args.shape,
-        dtype=dtype,
+    tokens = args.max_tokens
+    return Job.asked(
+        args,
+        folder,
+        DeviceMesh(**{axis: getattr(args, axis) for axis in AXES}),
         threads=_num_cores() if args.threads is None else args.threads,
-        mesh=mesh,
         repeats=args.repeats,
         rank=args.rank,
-        max_tokens=shape.max_tokens if args.max_tokens is None else args.max_tokens,
+        max_tokens=SHAPES[args.shape].max_tokens if tokens is None else tokens,
         backend=args.backend,
         recompute=args.recompute,
         seed=args.seed,

@@ -3,6 +3,7 @@
 The command checks it once and writes it to a file; every process that it starts reads it there.
 """
 
+import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,23 @@ class Job:
                 raise ConfigError(f"{option} must be at least 1: {getattr(self, name)}")
         if self.mesh.ep > 1 and not self.shape.is_moe:
             raise ConfigError(f"--ep above 1 needs a model with experts: ep={self.mesh.ep}")
+
+    @classmethod
+    def asked(
+        cls, args: argparse.Namespace, folder: Path, mesh: DeviceMesh, *, seed: int = 0, **more: Any
+    ) -> Self:
+        """Return the job that --shape, --dtype and --cache ask for.  Raises ConfigError."""
+        dtype = args.dtype or SHAPES[args.shape].dtype
+        cache = folder if args.cache is None else args.cache.resolve()
+        return cls(
+            folder=folder,
+            checkpoint=cache / f"{args.shape}-{dtype}-seed{seed}",
+            shape_name=args.shape,
+            dtype=dtype,
+            mesh=mesh,
+            seed=seed,
+            **more,
+        )
 
     @property
     def shape(self) -> Shape:

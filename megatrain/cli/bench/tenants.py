@@ -93,18 +93,8 @@ def _job(args: argparse.Namespace, folder: Path) -> Any:
     from megatrain.cli.bench.job import Job
     from megatrain.parallel.layout import DeviceMesh
 
-    dtype = args.dtype or SHAPES[args.shape].dtype
-    cache = folder if args.cache is None else args.cache.resolve()
-    return Job(
-        folder=folder,
-        checkpoint=cache / f"{args.shape}-{dtype}-seed{args.seed}",
-        shape_name=args.shape,
-        dtype=dtype,
-        threads=1,
-        mesh=DeviceMesh(**{axis: getattr(args, axis) for axis in AXES}),
-        repeats=args.repeats,
-        seed=args.seed,
-    )
+    mesh = DeviceMesh(**{axis: getattr(args, axis) for axis in AXES})
+    return Job.asked(args, folder, mesh, threads=1, repeats=args.repeats, seed=args.seed)
 
 
 def describe(found: Measured) -> str:

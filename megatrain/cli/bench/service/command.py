@@ -88,16 +88,7 @@ def _job(args: argparse.Namespace, folder: Path) -> Any:
     from megatrain.cli.bench.job import Job
     from megatrain.parallel.layout import DeviceMesh
 
-    dtype = args.dtype or SHAPES[args.shape].dtype
-    cache = folder if args.cache is None else args.cache.resolve()
-    return Job(
-        folder=folder,
-        checkpoint=cache / f"{args.shape}-{dtype}-seed0",
-        shape_name=args.shape,
-        dtype=dtype,
-        threads=1,
-        mesh=DeviceMesh(dp=args.ranks),
-    )
+    return Job.asked(args, folder, DeviceMesh(dp=args.ranks), threads=1)
 
 
 def _options(args: argparse.Namespace, dtype: str) -> list[str]:
