@@ -209,22 +209,31 @@ class Deployment:
         self._audits.add(task)
         task.add_done_callback(self._audits.discard)
 
+    def close_runs(self, session: str) -> None:
+        """Take no more requests of a session that is over, and start none of those that wait."""
+        for run in self._runs_of(session):
+            run.closed = True
+            run.queue.drain()
+
+    def _runs_of(self, session: str) -> list[RunState]:
+        return [run for run in self.scheduler.runs.values() if run.record.session == session]
+
     async def release(self, session: str) -> None:
-        """Take off the ranks, and out of the sampler, what belongs to a session that is over."""
+        """Take off the ranks, and out of the sampler, what belongs to a session that is over.
+
+        Its runs are closed, and what waited for them has a result.
+        """
         for key, state in list(self.samplers.items()):
             if state.record.session == session:
                 del self.samplers[key]
                 self._futures.forget_sampler(key)
                 if state.version is not None and not state.version.is_owned:
                     self.publisher.versions.release(state.version)
-        for run in [r for r in self.scheduler.runs.values() if r.record.session == session]:
-            run.closed = True
-            for ticket in run.queue.drain():
-                over = StateError(f"session {session} is over")
-                await self._futures.finish(ticket, Result.of_error(over))
+        for run in self._runs_of(session):
             while run.in_flight:
                 await asyncio.sleep(0.05)
-            del self.scheduler.runs[run.id]
+            if self.scheduler.runs.pop(run.id, None) is None:  # released by another meanwhile
+                continue
             self.saves.forget(run)
             try:
                 await self.fleet.let_go(run.record)

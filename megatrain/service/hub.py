@@ -24,7 +24,7 @@ from megatrain.service.restore import restore
 from megatrain.service.sessions import Sessions
 from megatrain.service.store import checkpoints, samplers
 from megatrain.service.store.janitor import Keep, sweep
-from megatrain.service.store.records import Checkpoint, SamplingSession, Session
+from megatrain.service.store.records import Checkpoint, SamplingSession
 from megatrain.service.store.store import Store
 from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_state import RunState
@@ -57,7 +57,7 @@ class Hub:
         self.auth = Authenticator(self.store, self.config)
         self.futures = Futures(self.store, self.config.limits)
         limits, times = self.config.limits, self.config.times
-        self.sessions = Sessions(self.store, limits, times, self._session_over)
+        self.sessions = Sessions(self.store, limits, times, self.session_over)
         self.intake = Intake(self.futures, self.deployments)
         return await self.auth.first_key()
 
@@ -165,7 +165,14 @@ class Hub:
             deployment, state = await self._open_named(project, session, sampler_id, model_path)
         await self.store.write(samplers.add(state.record))
         deployment.samplers[sampler_id] = state
+        await self.check_alive(session)
         return state
+
+    async def check_alive(self, session: str) -> None:
+        """Raise NotFoundError, and give up what was begun, if a session ended meanwhile."""
+        if not self.sessions.is_alive(session):
+            await self.session_over(session)
+            raise NotFoundError(f"session {session!r} is over")
 
     async def _open_named(
         self, project: str, session: str, sampler_id: str, path: str
@@ -192,14 +199,15 @@ class Hub:
         )
         return deployment, SamplerState(record, version)
 
-    async def _session_over(self, session: Session) -> None:
+    async def session_over(self, session: str) -> None:
         """Give up what a session's client will not ask for any more."""
-        error = StateError(f"session {session.id} is over")
-        for ticket in self.futures.open():
-            if ticket.session == session.id:
-                await self.futures.finish(ticket, Result.of_error(error))
         for deployment in self.deployments.values():
-            await deployment.release(session.id)
+            deployment.close_runs(session)  # or more would come while this is written down
+        over = Result.of_error(StateError(f"session {session} is over"))
+        left = [ticket for ticket in self.futures.open() if ticket.session == session]
+        await self.futures.finish_all(left, over)
+        for deployment in self.deployments.values():
+            await deployment.release(session)
 
     async def _look_after(self) -> None:
         """Let what is over go, every so often; runs until cancelled."""

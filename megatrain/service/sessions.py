@@ -25,9 +25,9 @@ class Sessions:
         store: Store,
         limits: Limits,
         times: Times,
-        over: Callable[[Session], Awaitable[None]],
+        over: Callable[[str], Awaitable[None]],
     ) -> None:
-        """`over` hears of every session that ends."""
+        """`over` hears the id of every session that ends."""
         self._store, self._limits, self._times, self._over = store, limits, times, over
         self._alive: dict[str, Session] = {}
         self._seen: dict[str, float] = {}
@@ -108,4 +108,4 @@ class Sessions:
         self._seen.pop(record.id, None)
         self._written.pop(record.id, None)
         await self._store.write(sessions.finish(record.id, status, detail, time.time()))
-        await asyncio.shield(self._over(record))
+        await asyncio.shield(self._over(record.id))

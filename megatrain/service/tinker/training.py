@@ -93,7 +93,7 @@ async def _create(
     content: Json,
     refused: MegatrainError | None,
 ) -> Ticket:
-    return await hub.intake.create(
+    ticket = await hub.intake.create(
         who,
         deployment,
         record,
@@ -102,6 +102,8 @@ async def _create(
         packed(content),
         max_runs=hub.config.limits.max_runs,
     )
+    await hub.check_alive(record.session)
+    return ticket
 
 
 @router.post("/get_info")

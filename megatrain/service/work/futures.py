@@ -184,6 +184,8 @@ class Futures:
 
         `changes` are committed with it.  With `is_held` the result is given before that: it is
         certain already, since the ranks' driver gives it again until it is confirmed.
+
+        Raises what the database says of the changes; the request has no result then.
         """
         if ticket.id not in self._open or ticket.result is not None:
             return
@@ -193,6 +195,13 @@ class Futures:
             state = "cancelled"
         # A task that is cancelled meanwhile does not leave a ticket without an end.
         await asyncio.shield(self._end(ticket, result, state, changes, is_held))
+
+    async def finish_all(self, tickets: Iterable[Ticket], result: Result) -> None:
+        """Give requests one result, committed together; one that fails keeps none from theirs."""
+        ends = (self.finish(ticket, result) for ticket in tickets)
+        for error in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(error, Exception):
+                logger.error("a request was left without its result", exc_info=error)
 
     async def _end(
         self,
@@ -207,7 +216,12 @@ class Futures:
         ended = requests.finish(
             ticket.id, state, result.data, result.kind, time.time(), ticket.tokens
         )
-        await self._store.write_surely(ended, *changes)
+        try:
+            await self._store.write_surely(ended, *changes)
+        except Exception:
+            if not is_held:
+                ticket.result = None  # it may get another, an error for one
+            raise
         self._drop(ticket)
         ticket.content, ticket.payload = None, b""
         if not is_held:

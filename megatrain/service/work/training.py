@@ -49,6 +49,13 @@ class Training:
 
     async def start(self, members: Sequence[Member]) -> None:
         """Do a pass of several runs, or one operation, and finish its requests."""
+        try:
+            await self._start(members)
+        except Exception as error:  # noqa: BLE001 - every request gets a result, or has it
+            for run, ticket in members:
+                await self._failed(run, ticket, error)
+
+    async def _start(self, members: Sequence[Member]) -> None:
         run, ticket = members[0]
         if ticket.is_refused:
             await self._refuse(run, ticket, Result.of_error(ticket.content))

@@ -29,8 +29,10 @@ class SlowStore(Store):
         return await super().read(query)
 
 
-def ticket() -> Ticket:
-    return Ticket("id", "forward_backward", "p", 1, "s", "train:r:1", None, b"{}", run="r", seq=1)
+def ticket(seq: int = 1) -> Ticket:
+    name = "id" if seq == 1 else f"id{seq}"
+    idem = f"train:r:{seq}"
+    return Ticket(name, "forward_backward", "p", 1, "s", idem, None, b"{}", run="r", seq=seq)
 
 
 @pytest.fixture
@@ -119,5 +121,35 @@ def test_polls_are_short_once_the_process_ends(during):
         later = asyncio.ensure_future(futures.wait(accepted, 60))
         await futures.finish(accepted, RESULT)
         assert await later == RESULT
+
+    during(test)
+
+
+def test_requests_that_end_together_are_committed_together(during, caplog):
+    async def test(store: SlowStore, futures: Futures, accepted: Ticket) -> None:
+        tickets = [accepted, *[await futures.accept(ticket(seq)) for seq in range(2, 40)]]
+        tickets[5].tokens = 1 << 80  # the database refuses it
+        commits = store._number
+        store.may_commit.set()
+        await futures.finish_all(tickets, RESULT)
+        assert store._number - commits <= 2
+        assert [each.finished.is_set() for each in tickets] == [n != 5 for n in range(39)]
+        assert "left without its result" in caplog.text
+
+    during(test)
+
+
+def test_a_result_that_cannot_be_kept_makes_room_for_an_error(during):
+    def refused(connection) -> None:
+        raise ValueError("no such column")
+
+    async def test(store: SlowStore, futures: Futures, accepted: Ticket) -> None:
+        store.may_commit.set()
+        with pytest.raises(ValueError, match="no such column"):
+            await futures.finish(accepted, RESULT, refused)
+        assert not accepted.finished.is_set()
+        error = Result.of_error(ValueError("inside"))
+        await futures.finish(accepted, error)
+        assert await futures.wait(accepted, 1.0) == error
 
     during(test)
