@@ -55,10 +55,10 @@ class Hub:
         self.files = await Files.open(self.config.files or str(self.folder / "files"), self.folder)
         self.signer = Signer(self.folder)
         self.auth = Authenticator(self.store, self.config)
-        self.futures = Futures(self.store, self.config.limits)
+        self.futures = Futures(self.store, self.config.limits, self.auth.settle)
         limits, times = self.config.limits, self.config.times
         self.sessions = Sessions(self.store, limits, times, self.session_over)
-        self.intake = Intake(self.futures, self.deployments)
+        self.intake = Intake(self.futures, self.deployments, self.auth)
         return await self.auth.first_key()
 
     async def start(self) -> None:

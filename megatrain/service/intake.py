@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy.exc import IntegrityError
 
 from megatrain.errors import BusyError, DataError, MegatrainError, NotFoundError, StateError
+from megatrain.service.auth.authenticate import Authenticator
 from megatrain.service.auth.principal import Principal
 from megatrain.service.deployment import Deployment
 from megatrain.service.fleet.whole import BASE
@@ -34,8 +35,10 @@ def is_barrier(kind: str, deployment: Deployment) -> bool:
 class Intake:
     """Accepts requests for runs and samplers."""
 
-    def __init__(self, futures: Futures, deployments: dict[str, Deployment]) -> None:
-        self._futures, self._deployments = futures, deployments
+    def __init__(
+        self, futures: Futures, deployments: dict[str, Deployment], auth: Authenticator
+    ) -> None:
+        self._futures, self._deployments, self._auth = futures, deployments, auth
 
     def run(self, project: str, run_id: str) -> tuple[Deployment, RunState]:
         """Return a run of a project that is on the ranks.  Raises NotFoundError."""
@@ -120,7 +123,7 @@ class Intake:
         ticket.run, ticket.seq, ticket.tokens = run_id, seq, tokens
         ticket.reply = {"model_id": run_id}
         ticket.is_barrier = is_barrier(kind, deployment)
-        accepted = await self._futures.accept(ticket)
+        accepted = await self._charged(principal, ticket)
         if accepted is not ticket:
             return _same(accepted, kind)
         if run.closed:  # while this was committed
@@ -129,6 +132,29 @@ class Intake:
         elif not deployment.scheduler.put(run, ticket):
             error = StateError(f"request {seq} of this model is over: number it anew")
             await self._futures.finish(ticket, Result.of_error(error))
+        return accepted
+
+    async def _charged(self, principal: Principal, ticket: Ticket) -> Ticket:
+        """Accept a request that is counted against its project's day, once however often it comes.
+
+        Raises BusyError where that is used up, or too much waits.
+        """
+        self._futures.check_room(ticket.project)
+        is_refused = isinstance(ticket.content, MegatrainError)
+        charge = await self._auth.spend(principal, 0 if is_refused else ticket.tokens)
+        ticket.charge = charge
+        try:
+            accepted = await self._futures.accept(ticket)
+        except MegatrainError:
+            self._auth.settle(charge, 0)
+            raise
+        except IntegrityError:  # it came, and was finished, while the day's count was read
+            before = await self._futures.known(ticket.project, ticket.idem)
+            if before is None:
+                raise
+            accepted = before
+        if accepted is not ticket:
+            self._auth.settle(charge, 0)
         return accepted
 
     def _is_new(self, project: str, run_id: str, seq: int) -> bool:
@@ -155,7 +181,7 @@ class Intake:
         session = state.record.session
         ticket = self._ticket(principal, "sample", session, idem, content, payload)
         ticket.sampler, ticket.seq, ticket.tokens = session_id, seq, tokens
-        accepted = await self._futures.accept(ticket)
+        accepted = await self._charged(principal, ticket)
         if accepted is not ticket:
             return accepted
         if isinstance(content, MegatrainError):

@@ -9,7 +9,7 @@ from megatrain.errors import DeniedError
 from megatrain.service.auth.bucket import Buckets
 from megatrain.service.auth.failures import Failures
 from megatrain.service.auth.key import PREFIX, digest, new_key
-from megatrain.service.auth.meter import Meter
+from megatrain.service.auth.meter import Charge, Meter
 from megatrain.service.auth.principal import SCOPES, Principal
 from megatrain.service.store import keys, usage
 from megatrain.service.store.records import ApiKey, AuditEntry, Project
@@ -97,9 +97,13 @@ class Authenticator:
             self._used[record.id] = now
             await self._store.write(keys.used(record.id, now))
 
-    async def spend(self, who: Principal, tokens: int) -> None:
+    async def spend(self, who: Principal, tokens: int) -> Charge:
         """Count tokens against a project's day.  Raises BusyError where they are used up."""
-        await self._meter.spend(who, tokens)
+        return await self._meter.spend(who, tokens)
+
+    def settle(self, charge: Charge, used: int) -> None:
+        """Give back what was counted and is not used."""
+        self._meter.settle(charge, used)
 
     async def close(self) -> None:
         """Write down what was counted."""

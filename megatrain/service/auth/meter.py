@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 from megatrain.errors import BusyError, MegatrainError
 from megatrain.service.auth.principal import Principal
@@ -22,6 +23,14 @@ _Who = tuple[str, str, int]
 """Day, project, key."""
 
 
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a request was counted as when it came: the most that it may use."""
+
+    who: _Who
+    tokens: int
+
+
 class Meter:
     """What projects use."""
 
@@ -34,15 +43,26 @@ class Meter:
         """What is not yet written."""
         self._flushing: asyncio.Task[None] | None = None
 
-    async def spend(self, who: Principal, tokens: int) -> None:
+    async def spend(self, who: Principal, tokens: int) -> Charge:
         """Count a request.  Raises BusyError where a project's tokens of the day are used up."""
         day = time.strftime("%Y-%m-%d", time.gmtime())
         if self._limit is not None:
             await self._check(who.project, day, tokens, self._limit)
-        self._tokens[day, who.project, who.key_id] += tokens
-        self._requests[day, who.project, who.key_id] += 1
-        if self._flushing is None:
-            self._flushing = asyncio.ensure_future(self._flush_later())
+        charge = Charge((day, who.project, who.key_id), tokens)
+        self._tokens[charge.who] += tokens
+        self._requests[charge.who] += 1
+        self._flush_soon()
+        return charge
+
+    def settle(self, charge: Charge, used: int) -> None:
+        """Give back what a request was counted as and has not used."""
+        day, project, _ = charge.who
+        if not (left := charge.tokens - used):
+            return
+        if (project, day) in self._spent:
+            self._spent[project, day] -= left
+        self._tokens[charge.who] -= left
+        self._flush_soon()
 
     async def _check(self, project: str, day: str, tokens: int, limit: int) -> None:
         if (project, day) not in self._spent:
@@ -58,6 +78,10 @@ class Meter:
             )
         self._spent[project, day] = used + tokens
 
+    def _flush_soon(self) -> None:
+        if self._flushing is None:
+            self._flushing = asyncio.ensure_future(self._flush_later())
+
     async def _flush_later(self) -> None:
         await asyncio.sleep(FLUSH_S)
         self._flushing = None
@@ -69,11 +93,11 @@ class Meter:
     async def flush(self) -> None:
         """Write down what was counted.  Raises StateError; the counts are kept then."""
         tokens, requests = self._tokens, self._requests
-        if not requests:
+        if not tokens:
             return
         self._tokens, self._requests = Counter(), Counter()
         changes = [
-            usage.count(*who, "tokens", tokens[who], num_requests=requests[who]) for who in requests
+            usage.count(*who, "tokens", tokens[who], num_requests=requests[who]) for who in tokens
         ]
         try:
             await self._store.write(*changes)

@@ -1,7 +1,7 @@
 """What the service serves, as the OpenAI-compatible endpoints see it."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from megatrain.errors import ConfigError, DataError, NotFoundError
 from megatrain.sampler.types import Piece, SampleRequest, SampleResult
@@ -73,9 +73,9 @@ class Served:
     async def sample(self, who: Principal, target: Target, request: SampleRequest) -> SampleResult:
         """Draw.  Raises DataError, BusyError, SamplerError."""
         deployment, version = target.at
-        async with self._admitted(who, deployment, request):
+        async with self._admitted(who, deployment, request) as count:
             drawn: SampleResult = await deployment.sampling.sample(version, request)
-        deployment.sampled_tokens += sum(len(each.tokens) for each in drawn.sequences)
+            count(sum(len(each.tokens) for each in drawn.sequences))
         return drawn
 
     async def stream(
@@ -83,23 +83,34 @@ class Served:
     ) -> AsyncIterator[Piece]:
         """Draw, and tell tokens while they come."""
         deployment, version = target.at
-        async with self._admitted(who, deployment, request):
+        async with self._admitted(who, deployment, request) as count:
             async for piece in deployment.sampling.stream(version, request):
-                deployment.sampled_tokens += len(piece.tokens)
+                count(len(piece.tokens))
                 yield piece
 
     @contextlib.asynccontextmanager
     async def _admitted(
         self, who: Principal, deployment: Deployment, request: SampleRequest
-    ) -> AsyncIterator[None]:
-        """Check a request, count it against the project's day, and wait for its turn."""
+    ) -> AsyncIterator[Callable[[int], None]]:
+        """Check a request, count it against the project's day, and wait for its turn.
+
+        What was drawn is to be told; the rest is given back.
+        """
         limits = self._hub.config.limits
         _check(deployment, request, limits.max_samples)
-        await self._hub.auth.spend(
-            who, len(request.prompt) + request.num_samples * request.max_tokens
-        )
-        async with deployment.sampling.turn(who.project, request, most=limits.max_queued):
-            yield
+        auth, prompt, drawn = self._hub.auth, len(request.prompt), 0
+        charge = await auth.spend(who, prompt + request.num_samples * request.max_tokens)
+
+        def count(tokens: int) -> None:
+            nonlocal drawn
+            drawn += tokens
+            deployment.sampled_tokens += tokens
+
+        try:
+            async with deployment.sampling.turn(who.project, request, most=limits.max_queued):
+                yield count
+        finally:
+            auth.settle(charge, prompt + drawn if drawn else 0)
 
 
 def _check(deployment: Deployment, request: SampleRequest, max_samples: int) -> None:

@@ -89,7 +89,6 @@ async def _sample(body: SampleBody, raw: bytes, session: str, hub: Hub, who: Pri
         tokens = len(content.prompt) + content.num_samples * content.max_tokens
     except MegatrainError as error:
         content = error
-    await hub.auth.spend(who, tokens)
     seq = uuid.uuid4().int >> 65 if body.seq_id is None else body.seq_id
     ticket = await hub.intake.sample(who, session, seq, content, raw, tokens)
     names = [f"{ticket.id}:{index}" for index in range(max(1, body.num_samples))]

@@ -159,7 +159,6 @@ async def _pass(request: Request, hub: Hub, who: Principal, *, forward_only: boo
         )
     except MegatrainError as error:
         content = error
-    await hub.auth.spend(who, parsed.num_tokens)
     kind = "forward" if parsed.forward_only else "forward_backward"
     ticket = await hub.intake.train(
         who, kind, run.id, parsed.seq_id, content, body, tokens=parsed.num_tokens

@@ -16,6 +16,7 @@ from megatrain.errors import (
     NotFoundError,
     StateError,
 )
+from megatrain.service.auth.meter import Charge
 from megatrain.service.observe.note import Note, current
 from megatrain.service.observe.timing import Timing
 
@@ -76,7 +77,9 @@ class Ticket:
     sampler: str | None = None
     seq: int = 0
     tokens: int = 0
-    """What it costs, in tokens."""
+    """What it costs, in tokens: of a sample the most that it may, until it is drawn."""
+    charge: Charge | None = None
+    """What it was counted as by this process."""
     created: float = field(default_factory=time.time)
     reply: dict[str, Any] = field(default_factory=dict)
     """What the client was answered at once, besides the id."""

@@ -236,11 +236,16 @@ def test_a_projects_day_is_used_up_even_over_a_restart(url: str) -> None:
         await auth.spend(alice, 60)
         with pytest.raises(BusyError, match="60 of 100") as refused:
             await auth.spend(alice, 41)
+        auth.settle(await auth.spend(alice, 40), 15)
+        failed = await auth.spend(alice, 25)
+        with pytest.raises(BusyError, match="100 of 100"):
+            await auth.spend(alice, 1)
+        auth.settle(failed, 0)
         assert 0 < refused.value.retry_after_s <= 86400
         await auth.spend(bob, 100)
         await auth.close()
         again = Authenticator(store, config(tokens_per_day=100))
-        await again.spend(alice, 40)
+        await again.spend(alice, 25)
         with pytest.raises(BusyError, match="100 of 100"):
             await again.spend(alice, 1)
         await store.close()

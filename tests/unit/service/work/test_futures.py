@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from megatrain.config.service import Limits
+from megatrain.service.auth.meter import Charge
 from megatrain.service.store.store import Change, Store
 from megatrain.service.work.futures import Futures
 from megatrain.service.work.ticket import Result, Ticket
@@ -40,7 +41,7 @@ def during(tmp_path):
     def run(test: Callable[[SlowStore, Futures, Ticket], Awaitable[None]]) -> None:
         async def whole() -> None:
             store = await SlowStore.open(f"sqlite:///{tmp_path / 'service.db'}")
-            futures = Futures(store, Limits())
+            futures = Futures(store, Limits(), settle)
             try:
                 await test(store, futures, await futures.accept(ticket()))
             finally:
@@ -50,6 +51,13 @@ def during(tmp_path):
         asyncio.run(whole())
 
     return run
+
+
+SETTLED: list[tuple[Charge, int]] = []
+
+
+def settle(charge: Charge, used: int) -> None:
+    SETTLED.append((charge, used))
 
 
 async def settled() -> None:
@@ -80,7 +88,7 @@ def test_a_result_is_told_once_and_found_again(during, is_held):
         await futures.finish(accepted, RESULT, is_held=is_held)
         await futures.finish(accepted, Result(b"other"), is_held=is_held)
         assert (await futures.get("p", "id")).result == RESULT
-        again = Futures(store, Limits())
+        again = Futures(store, Limits(), settle)
         assert (await again.get("p", "id")).result == RESULT
         assert (await again.known("p", "train:r:1")).id == "id"
 
@@ -151,5 +159,19 @@ def test_a_result_that_cannot_be_kept_makes_room_for_an_error(during):
         error = Result.of_error(ValueError("inside"))
         await futures.finish(accepted, error)
         assert await futures.wait(accepted, 1.0) == error
+
+    during(test)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_was_counted_and_not_used_is_given_back(during, failed):
+    async def test(store: SlowStore, futures: Futures, accepted: Ticket) -> None:
+        SETTLED.clear()
+        accepted.charge = Charge(("2026-01-01", "p", 1), 50)
+        accepted.tokens = 20
+        store.may_commit.set()
+        await futures.finish(accepted, Result(b"", failed=failed))
+        await futures.finish(accepted, RESULT)
+        assert [(accepted.charge, 0 if failed else 20)] == SETTLED
 
     during(test)
