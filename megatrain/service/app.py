@@ -30,7 +30,15 @@ from megatrain.service.observe.series import HttpSeries
 from megatrain.service.observe.tracing import Tracing
 from megatrain.service.openai.router import make_router
 from megatrain.service.openai.served import Served
-from megatrain.service.tinker import checkpoints, futures, rest, sampling, service, training
+from megatrain.service.tinker import (
+    billing,
+    checkpoints,
+    futures,
+    rest,
+    sampling,
+    service,
+    training,
+)
 from megatrain.service.tinker.access import address_of
 from megatrain.service.wire.bodies import BodyError
 from megatrain.service.wire.body_cap import BodyCap
@@ -53,7 +61,7 @@ def create_app(hub: Hub, tracing: Tracing | None = None) -> FastAPI:
     )
     app.state.hub = hub
     # What is asked most stands first: routes are tried one after the other.
-    for part in (futures, training, sampling, service, rest, checkpoints):
+    for part in (futures, training, sampling, service, rest, billing, checkpoints):
         app.include_router(part.router, prefix=PREFIX)
     authenticate, series = _authenticate_for(hub), HttpSeries()
     app.include_router(make_router(Served(hub), authenticate))

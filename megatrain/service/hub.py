@@ -27,6 +27,7 @@ from megatrain.service.store.janitor import Keep, sweep
 from megatrain.service.store.records import Checkpoint, SamplingSession
 from megatrain.service.store.store import Store
 from megatrain.service.work.futures import Futures
+from megatrain.service.work.ledger import Ledger
 from megatrain.service.work.run_state import RunState
 from megatrain.service.work.sampling import SamplerState
 from megatrain.service.work.ticket import Result
@@ -55,7 +56,7 @@ class Hub:
         self.files = await Files.open(self.config.files or str(self.folder / "files"), self.folder)
         self.signer = Signer(self.folder)
         self.auth = Authenticator(self.store, self.config)
-        self.futures = Futures(self.store, self.config.limits, self.auth.settle)
+        self.futures = Futures(self.store, self.config.limits, Ledger(self.auth))
         limits, times = self.config.limits, self.config.times
         self.sessions = Sessions(self.store, limits, times, self.session_over)
         self.intake = Intake(self.futures, self.deployments, self.auth)
@@ -246,6 +247,6 @@ class Hub:
     async def close(self) -> None:
         """End ranks and samplers, and close the store."""
         await asyncio.gather(*(each.close() for each in self.deployments.values()))
-        await self.auth.close()
+        await self.auth.flush()
         await self.store.close()
         self._lock.close()

@@ -121,6 +121,7 @@ class Intake:
         deployment, run = self.run(principal.project, run_id)
         ticket = self._ticket(principal, kind, run.record.session, idem, content, payload)
         ticket.run, ticket.seq, ticket.tokens = run_id, seq, tokens
+        ticket.base_model = deployment.name
         ticket.reply = {"model_id": run_id}
         ticket.is_barrier = is_barrier(kind, deployment)
         accepted = await self._charged(principal, ticket)
@@ -181,6 +182,7 @@ class Intake:
         session = state.record.session
         ticket = self._ticket(principal, "sample", session, idem, content, payload)
         ticket.sampler, ticket.seq, ticket.tokens = session_id, seq, tokens
+        ticket.base_model = deployment.name
         accepted = await self._charged(principal, ticket)
         if accepted is not ticket:
             return accepted

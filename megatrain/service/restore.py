@@ -109,6 +109,7 @@ async def _restore_runs(
             base = deployment.fleet.base
             content = content_of(request.kind, request.payload, hub.config.limits, base)
             ticket = hub.futures.take_up(request, content)
+            ticket.base_model = deployment.name
             ticket.is_barrier = is_barrier(request.kind, deployment)
             ticket.tag = tags.get(ticket.id, "")
             taken.add(ticket.id)
@@ -213,6 +214,7 @@ async def _restore_samples(hub: Left, waiting: list[Request]) -> None:
             continue
         ticket = hub.futures.take_up(request, None)
         deployment, state = states[request.sampler]
+        ticket.base_model = deployment.name
         base = deployment.fleet.base
         ticket.content = content_of("sample", request.payload, hub.config.limits, base)
         if isinstance(ticket.content, MegatrainError):

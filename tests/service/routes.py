@@ -6,6 +6,7 @@ A request is made twice: by somebody else, who must get `stranger`, and by the o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -83,6 +84,13 @@ def of_checkpoint(path: str, **more: Any) -> dict[str, Any]:
     """Return path values: a checkpoint."""
     run, _, name = path.removeprefix("tinker://").partition("/")
     return {"path": {"run_id": run, "checkpoint_id": name}, **more}
+
+
+def _hours() -> dict[str, str]:
+    """Return the day that ends with this hour."""
+    now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    start, end = now - timedelta(hours=23), now + timedelta(hours=1)
+    return {"starting_on": start.isoformat(), "ending_before": end.isoformat()}
 
 
 _V1 = "/api/v1"
@@ -232,7 +240,7 @@ ROUTES: dict[str, Route] = {
     f"POST {_V1}/weights_info": read(_json(lambda o, a: {"tinker_path": o.state})),
     f"GET {_V1}/audit": Route("admin", (Case(stranger=200),)),
     f"GET {_V1}/billing/usage/checkpoints/current": lists(),
-    f"GET {_V1}/billing/usage/events": read(Case(owner=404)),
+    f"GET {_V1}/billing/usage/events": lists(params=_hours()),
     f"GET {_V1}/files/{{ticket}}": Route(
         None, (Case(lambda o, a: {"path": {"ticket": o.ticket}}, 200),)
     ),

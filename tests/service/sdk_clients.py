@@ -4,7 +4,7 @@ import gc
 import random
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tinker
 from tinker import types
@@ -36,9 +36,9 @@ def close_clients(but: Sequence[InternalClientHolder] = ()) -> None:
         gc.collect()
 
 
-def client(server: "Server", key: str | None = None) -> tinker.ServiceClient:
+def client(server: "Server", key: str | None = None, **more: Any) -> tinker.ServiceClient:
     warnings.simplefilter("ignore")
-    return tinker.ServiceClient(base_url=server.url, api_key=key or server.key)
+    return tinker.ServiceClient(base_url=server.url, api_key=key or server.key, **more)
 
 
 def tokens(seed: int, size: int) -> list[int]:

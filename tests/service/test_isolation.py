@@ -377,23 +377,6 @@ def test_what_was_refused_or_given_up_is_so_after_a_new_start(limited):
         assert "name" in result(http, evil).json()["error"]
 
 
-@pytest.mark.slow
-def test_what_comes_again_or_fails_is_not_counted(limited):
-    with limited.http(limited.create_key("--project", "counted")) as http:
-        _, (run, _) = begin(http)
-        bodies = [protobuf(run, 1)] * 3 + [with_nan(protobuf(run, 2, copies=4))]
-        sent = [http.post("/forward_backward", content=each, headers=PROTOBUF) for each in bodies]
-        ids = [each.json()["request_id"] for each in sent]
-        assert len(set(ids[:3])) == 1
-        assert "not finite" in result(http, ids[3]).json()["error"]
-    query = "SELECT SUM(tokens), SUM(requests) FROM usage WHERE project = 'counted'"
-    limit = time.monotonic() + 30
-    with sqlite3.connect(limited.folder / "data" / "service.db") as database:
-        while (found := database.execute(query).fetchone()) != (3, 2):
-            assert time.monotonic() < limit, found
-            time.sleep(0.2)
-
-
 def begin(http: httpx.Client) -> tuple[str, list[str]]:
     """Begin a session with two runs."""
     session = http.post("/create_session", json={}).json()["session_id"]

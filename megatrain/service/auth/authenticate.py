@@ -9,10 +9,10 @@ from megatrain.errors import DeniedError
 from megatrain.service.auth.bucket import Buckets
 from megatrain.service.auth.failures import Failures
 from megatrain.service.auth.key import PREFIX, digest, new_key
-from megatrain.service.auth.meter import Charge, Meter
+from megatrain.service.auth.meter import HOUR_S, Charge, Meter
 from megatrain.service.auth.principal import SCOPES, Principal
 from megatrain.service.store import keys, usage
-from megatrain.service.store.records import ApiKey, AuditEntry, Project
+from megatrain.service.store.records import ApiKey, AuditEntry, Project, Used
 from megatrain.service.store.store import Store
 
 FIRST_PROJECT = "default"
@@ -105,8 +105,24 @@ class Authenticator:
         """Give back what was counted and is not used."""
         self._meter.settle(charge, used)
 
-    async def close(self) -> None:
-        """Write down what was counted."""
+    def use(self, project: str, session: str, base_model: str, tokens: Mapping[str, int]) -> None:
+        """Count tokens that were used in this hour, by kind."""
+        hour = int(time.time()) // HOUR_S * HOUR_S
+        for kind, count in tokens.items():
+            if count:
+                self._meter.use(
+                    Used(
+                        hour=hour,
+                        project=project,
+                        session=session,
+                        base_model=base_model,
+                        kind=kind,
+                        tokens=count,
+                    )
+                )
+
+    async def flush(self) -> None:
+        """Write down what was counted.  Raises StateError; the counts are kept then."""
         await self._meter.flush()
 
     async def audit(self, who: Principal, action: str, what: str, address: str = "") -> None:

@@ -7,17 +7,19 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatrain.errors import BusyError, MegatrainError
 from megatrain.service.auth.principal import Principal
 from megatrain.service.store import usage
+from megatrain.service.store.records import Used
 from megatrain.service.store.store import Store
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 DAY_S = 86400.0
+HOUR_S = 3600
 
 _Who = tuple[str, str, int]
 """Day, project, key."""
@@ -40,7 +42,8 @@ class Meter:
         """Tokens by day and project, all of them, as far as there is a limit."""
         self._tokens: Counter[_Who] = Counter()
         self._requests: Counter[_Who] = Counter()
-        """What is not yet written."""
+        self._used: Counter[Used] = Counter()
+        """What is not yet written; of what was used without its tokens."""
         self._flushing: asyncio.Task[None] | None = None
 
     async def spend(self, who: Principal, tokens: int) -> Charge:
@@ -78,6 +81,11 @@ class Meter:
             )
         self._spent[project, day] = used + tokens
 
+    def use(self, used: Used) -> None:
+        """Count what was used by hour and kind, which no limit is about."""
+        self._used[replace(used, tokens=0)] += used.tokens
+        self._flush_soon()
+
     def _flush_soon(self) -> None:
         if self._flushing is None:
             self._flushing = asyncio.ensure_future(self._flush_later())
@@ -92,16 +100,18 @@ class Meter:
 
     async def flush(self) -> None:
         """Write down what was counted.  Raises StateError; the counts are kept then."""
-        tokens, requests = self._tokens, self._requests
-        if not tokens:
+        tokens, requests, used = self._tokens, self._requests, self._used
+        if not tokens and not used:
             return
-        self._tokens, self._requests = Counter(), Counter()
+        self._tokens, self._requests, self._used = Counter(), Counter(), Counter()
         changes = [
             usage.count(*who, "tokens", tokens[who], num_requests=requests[who]) for who in tokens
         ]
+        changes += [usage.use(replace(each, tokens=count)) for each, count in used.items()]
         try:
             await self._store.write(*changes)
         except MegatrainError:
             self._tokens.update(tokens)
             self._requests.update(requests)
+            self._used.update(used)
             raise

@@ -10,6 +10,7 @@ from megatrain.service.deployment import Deployment
 from megatrain.service.hub import Hub
 from megatrain.service.openai.ports import Model, Target
 from megatrain.service.publish.versions import Version
+from megatrain.service.work.ledger import sampled
 
 LATEST = "/latest"
 SCHEME = "tinker://"
@@ -111,6 +112,8 @@ class Served:
                 yield count
         finally:
             auth.settle(charge, prompt + drawn if drawn else 0)
+            if drawn:
+                auth.use(who.project, "", deployment.name, sampled(prompt, drawn))
 
 
 def _check(deployment: Deployment, request: SampleRequest, max_samples: int) -> None:

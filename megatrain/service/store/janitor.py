@@ -68,6 +68,7 @@ async def sweep(
         counts["sessions"] = _deleted(connection, _sessions(before))
         counts["audit"] = _deleted(connection, _audit(now - keep.audit_s))
         _deleted(connection, _usage(now - keep.usage_s))
+        _deleted(connection, _usage_by_hour(now - keep.usage_s))
         writers.forget(connection, before)
 
     await store.write(change)
@@ -137,3 +138,7 @@ def _audit(before: float) -> Delete:
 def _usage(before: float) -> Delete:
     day = time.strftime("%Y-%m-%d", time.gmtime(before))
     return delete(tables.usage).where(tables.usage.c.day < day)
+
+
+def _usage_by_hour(before: float) -> Delete:
+    return delete(tables.usage_hours).where(tables.usage_hours.c.hour < before)

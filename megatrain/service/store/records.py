@@ -166,3 +166,18 @@ class Point:
     time: float
     name: str
     value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """Tokens of one kind that a session has used in an hour."""
+
+    hour: int
+    """When it began, in seconds since 1970."""
+    project: str
+    session: str
+    """Empty for requests without one."""
+    base_model: str
+    kind: str
+    """training, sampling_prefill or sampling_sample."""
+    tokens: int

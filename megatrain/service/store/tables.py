@@ -151,6 +151,17 @@ usage = Table(
     Column("requests", BigInteger, nullable=False),
 )
 
+usage_hours = Table(
+    "usage_hours",
+    metadata,
+    Column("hour", BigInteger, primary_key=True),
+    Column("project", String(64), primary_key=True),
+    Column("session", String(64), primary_key=True),
+    Column("base_model", String(200), primary_key=True),
+    Column("kind", String(32), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+)
+
 audit = Table(
     "audit",
     metadata,

@@ -11,8 +11,6 @@ from megatrain.service.wire.schema import (
     AuditReply,
     CheckpointsReply,
     Cursor,
-    StorageItem,
-    StorageReply,
     TrainingRun,
     TrainingRunsReply,
     WeightsInfoReply,
@@ -96,19 +94,3 @@ async def audit(hub: TheHub, who: Admin, limit: Limit = 100, offset: Offset = 0)
         for each in found
     ]
     return AuditReply(entries=entries)
-
-
-@router.get("/billing/usage/checkpoints/current", response_model_exclude_none=True)
-async def checkpoint_storage(hub: TheHub, who: Reader) -> StorageReply:
-    """Return what the checkpoints of the caller's project take now."""
-    count, size = await hub.store.read(checkpoints.sizes(who.project))
-    item = StorageItem(
-        project_id=who.project, checkpoint_count=count, size_bytes=size, size_gigabytes=size / 1e9
-    )
-    return StorageReply(data=[item])
-
-
-@router.get("/billing/usage/events", response_model=None)
-async def usage_events(who: Reader) -> None:
-    """Refuse: usage is counted by day here, and has no price."""
-    raise NotFoundError("this service keeps usage by day, not by hour, and has no prices")

@@ -6,18 +6,18 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.config.service import Limits
 from megatrain.errors import MegatrainError, NotFoundError
-from megatrain.service.auth.meter import Charge
 from megatrain.service.observe.note import about
 from megatrain.service.observe.series import RequestSeries
 from megatrain.service.store import requests
 from megatrain.service.store.records import Request
 from megatrain.service.store.store import Change, Store
+from megatrain.service.work.ledger import Ledger
 from megatrain.service.work.ticket import Result, ResultKind, Ticket, busy
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,8 @@ class Completions:
 class Futures:
     """Tickets by id, and by what makes a request the same when it comes again."""
 
-    def __init__(self, store: Store, limits: Limits, settle: Callable[[Charge, int], None]) -> None:
-        """`settle` hears what a request has used of what it was counted as."""
-        self._store, self._limits, self._settle = store, limits, settle
+    def __init__(self, store: Store, limits: Limits, ledger: Ledger) -> None:
+        self._store, self._limits, self._ledger = store, limits, ledger
         self._open: dict[str, Ticket] = {}
         self._by_idem: dict[str, Ticket] = {}
         self._kept: collections.OrderedDict[str, Ticket] = collections.OrderedDict()
@@ -225,8 +224,7 @@ class Futures:
                 ticket.result = None  # it may get another, an error for one
             raise
         self._drop(ticket)
-        if ticket.charge is not None:
-            self._settle(ticket.charge, 0 if result.failed else ticket.tokens)
+        self._ledger.settle(ticket, failed=result.failed)
         ticket.content, ticket.payload = None, b""
         if not is_held:
             self._tell(ticket, result, state)

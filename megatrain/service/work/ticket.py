@@ -80,6 +80,7 @@ class Ticket:
     """What it costs, in tokens: of a sample the most that it may, until it is drawn."""
     charge: Charge | None = None
     """What it was counted as by this process."""
+    base_model: str = ""
     created: float = field(default_factory=time.time)
     reply: dict[str, Any] = field(default_factory=dict)
     """What the client was answered at once, besides the id."""

@@ -4,6 +4,10 @@ from megatrain.service.wire.schema.admin import AuditEntry as AuditEntry
 from megatrain.service.wire.schema.admin import AuditReply as AuditReply
 from megatrain.service.wire.schema.admin import StorageItem as StorageItem
 from megatrain.service.wire.schema.admin import StorageReply as StorageReply
+from megatrain.service.wire.schema.admin import UsageEvent as UsageEvent
+from megatrain.service.wire.schema.admin import UsageOfKind as UsageOfKind
+from megatrain.service.wire.schema.admin import UsageReply as UsageReply
+from megatrain.service.wire.schema.admin import UsageSession as UsageSession
 from megatrain.service.wire.schema.checkpoints import Checkpoint as Checkpoint
 from megatrain.service.wire.schema.checkpoints import CheckpointsReply as CheckpointsReply
 from megatrain.service.wire.schema.checkpoints import Cursor as Cursor

@@ -41,3 +41,36 @@ class StorageReply(Reply):
 
     effective_rate_usd_per_gigabyte_month: float | None = None
     data: list[StorageItem]
+
+
+class UsageOfKind(Reply):
+    """How many tokens, and of what."""
+
+    type: str
+    """training, sampling_prefill or sampling_sample."""
+    token_count: int
+    cached: bool = False
+
+
+class UsageEvent(Reply):
+    """What a session used of one kind in an hour; there are no prices."""
+
+    bucket_start: Time
+    bucket_end: Time
+    base_model: str
+    session_id: str | None
+    project_id: str
+    event_info: UsageOfKind
+
+
+class UsageSession(Reply):
+    """Whose it was."""
+
+    user_metadata: dict[str, str] | None = None
+
+
+class UsageReply(Reply):
+    """GET billing/usage/events."""
+
+    data: list[UsageEvent]
+    sessions: dict[str, UsageSession] = Field(default_factory=dict)

@@ -243,7 +243,7 @@ def test_a_projects_day_is_used_up_even_over_a_restart(url: str) -> None:
         auth.settle(failed, 0)
         assert 0 < refused.value.retry_after_s <= 86400
         await auth.spend(bob, 100)
-        await auth.close()
+        await auth.flush()
         again = Authenticator(store, config(tokens_per_day=100))
         await again.spend(alice, 25)
         with pytest.raises(BusyError, match="100 of 100"):
@@ -267,7 +267,7 @@ def test_what_is_used_is_counted_without_a_limit_too(
             while await store.read(usage.tokens_of("alice", DAY)) < 40:
                 await asyncio.sleep(0.01)
         await auth.spend(who, 2)
-        await auth.close()
+        await auth.flush()
         assert await store.read(usage.tokens_of("alice", DAY)) == 42
         await store.close()
 

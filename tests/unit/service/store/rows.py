@@ -1,6 +1,6 @@
 """Rows for tests of the store."""
 
-from megatrain.service.store.records import Checkpoint, Request, Run, SamplingSession, Session
+from megatrain.service.store.records import Checkpoint, Request, Run, SamplingSession, Session, Used
 
 
 def request(name: str, project: str = "mine", *, run: str | None = None, seq: int = 0) -> Request:
@@ -79,4 +79,16 @@ def sampler(name: str, project: str = "mine", session_id: str = "s") -> Sampling
     """Return a sampling session."""
     return SamplingSession(
         id=name, session=session_id, project=project, base_model="base", created=1.0
+    )
+
+
+def used(project: str, session_id: str, hour: int = 3600) -> Used:
+    """Return what a session has used in an hour."""
+    return Used(
+        hour=hour,
+        project=project,
+        session=session_id,
+        base_model="base",
+        kind="training",
+        tokens=7,
     )

@@ -30,6 +30,8 @@ QUERIES: dict[str, Callable[[str], Query]] = {
     "checkpoints.list_page": lambda project: checkpoints.list_page(project, run="r-theirs"),
     "points.last_losses": lambda project: points.last_losses(project, ["r-theirs"]),
     "usage.tokens_of": lambda project: usage.tokens_of(project, "day"),
+    "usage.by_hour": lambda project: usage.by_hour(project, 0, 7200, 10),
+    "usage.sessions_by_hour": lambda project: usage.sessions_by_hour(project, 0, 7200),
     "usage.audit_page": lambda project: usage.audit_page(project, 10, 0),
 }
 """Every query of a project; below is checked that none is left out."""
@@ -46,6 +48,7 @@ async def filled(url: str) -> Store:
         points.add([Point("r-theirs", 0, 1.0, "loss", 2.5)]),
         samplers.add(rows.sampler("m-theirs", "theirs", "s-theirs")),
         usage.count("day", "theirs", 2, "tokens", 7),
+        usage.use(rows.used("theirs", "s-theirs")),
         usage.audit(entry),
     )
     return store

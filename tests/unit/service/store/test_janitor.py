@@ -110,7 +110,12 @@ def test_old_logs_and_counts_go(url: str) -> None:
             await store.write(usage.audit(entry))
         await store.write(usage.count("1970-01-01", "mine", 1, "tokens", 5))
         await store.write(usage.count("1970-01-24", "mine", 1, "tokens", 6))
+        ages = (999, 1001)
+        await store.write(*[usage.use(rows.used("mine", "s", int(NOW - age))) for age in ages])
         assert (await sweep(store, KEEP, NOW, nothing)).audit == 1
+        assert await store.read(usage.by_hour("mine", 0, NOW, 10)) == [
+            rows.used("mine", "s", int(NOW - 999))
+        ]
         assert await store.read(usage.tokens_of("mine", "1970-01-01")) == 0
         assert await store.read(usage.tokens_of("mine", "1970-01-24")) == 6
         await store.close()

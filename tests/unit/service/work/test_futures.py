@@ -9,6 +9,7 @@ from megatrain.config.service import Limits
 from megatrain.service.auth.meter import Charge
 from megatrain.service.store.store import Change, Store
 from megatrain.service.work.futures import Futures
+from megatrain.service.work.ledger import Ledger
 from megatrain.service.work.ticket import Result, Ticket
 
 RESULT = Result(b"done", "proto")
@@ -41,7 +42,7 @@ def during(tmp_path):
     def run(test: Callable[[SlowStore, Futures, Ticket], Awaitable[None]]) -> None:
         async def whole() -> None:
             store = await SlowStore.open(f"sqlite:///{tmp_path / 'service.db'}")
-            futures = Futures(store, Limits(), settle)
+            futures = Futures(store, Limits(), Ledger(AUTH))
             try:
                 await test(store, futures, await futures.accept(ticket()))
             finally:
@@ -53,11 +54,22 @@ def during(tmp_path):
     return run
 
 
-SETTLED: list[tuple[Charge, int]] = []
+class Auth:
+    """Hears what was used, as the authenticator does."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[Charge, int]] = []
+        self.used: list[dict[str, int]] = []
+
+    def settle(self, charge: Charge, used: int) -> None:
+        self.settled.append((charge, used))
+
+    def use(self, project: str, session: str, base_model: str, tokens: dict[str, int]) -> None:
+        assert (project, session) == ("p", "s")
+        self.used.append(tokens)
 
 
-def settle(charge: Charge, used: int) -> None:
-    SETTLED.append((charge, used))
+AUTH = Auth()
 
 
 async def settled() -> None:
@@ -88,7 +100,7 @@ def test_a_result_is_told_once_and_found_again(during, is_held):
         await futures.finish(accepted, RESULT, is_held=is_held)
         await futures.finish(accepted, Result(b"other"), is_held=is_held)
         assert (await futures.get("p", "id")).result == RESULT
-        again = Futures(store, Limits(), settle)
+        again = Futures(store, Limits(), Ledger(AUTH))
         assert (await again.get("p", "id")).result == RESULT
         assert (await again.known("p", "train:r:1")).id == "id"
 
@@ -166,12 +178,13 @@ def test_a_result_that_cannot_be_kept_makes_room_for_an_error(during):
 @pytest.mark.parametrize("failed", [False, True])
 def test_what_was_counted_and_not_used_is_given_back(during, failed):
     async def test(store: SlowStore, futures: Futures, accepted: Ticket) -> None:
-        SETTLED.clear()
+        AUTH.__init__()
         accepted.charge = Charge(("2026-01-01", "p", 1), 50)
         accepted.tokens = 20
         store.may_commit.set()
         await futures.finish(accepted, Result(b"", failed=failed))
         await futures.finish(accepted, RESULT)
-        assert [(accepted.charge, 0 if failed else 20)] == SETTLED
+        assert AUTH.settled == [(accepted.charge, 0 if failed else 20)]
+        assert AUTH.used == ([] if failed else [{"training": 20}])
 
     during(test)
