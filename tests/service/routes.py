@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import jsonschema
 from fastapi.routing import iter_route_contexts
 
 from megatrain.config.service import ServiceConfig
@@ -312,3 +313,16 @@ def call(http: httpx.Client, name: str, request: dict[str, Any]) -> httpx.Respon
     """Make a request of a route."""
     more = {key: value for key, value in request.items() if key != "path"}
     return http.request(*place(name, request), **more)
+
+
+def check_documented(document: dict[str, Any], name: str, answer: httpx.Response) -> bool:
+    """Check a JSON answer by the schema that the OpenAPI document has; return whether it has."""
+    method, template = name.split(" ", 1)
+    path = document["paths"].get(template.replace(":path}", "}"), {})
+    responses = path.get(method.lower(), {}).get("responses", {})
+    content = responses.get(str(answer.status_code), {}).get("content", {})
+    schema = content.get("application/json", {}).get("schema")
+    if not schema or "json" not in answer.headers.get("content-type", ""):
+        return False
+    jsonschema.validate(answer.json(), {**schema, "components": document["components"]})
+    return "$ref" in schema or "anyOf" in schema

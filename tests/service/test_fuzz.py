@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance
 from tinker import types
 
 from megatrain.config.service import ServiceConfig
@@ -360,7 +361,7 @@ def _attempt(strategy: Any, hostile: Owned, count: int) -> None:
         _with_names_that_exist(case, hostile)
         began = time.monotonic()
         response = case.call(headers={"X-API-Key": hostile.key}, timeout=2 * LATE_S)
-        case.validate_response(response, checks=[not_a_server_error])
+        case.validate_response(response, checks=[not_a_server_error, response_schema_conformance])
         assert time.monotonic() - began < LATE_S, case.as_curl_command()
 
     test: Callable[[], None] = attempt

@@ -17,9 +17,11 @@ from megatrain.service.store import checkpoints
 from megatrain.service.store.records import Checkpoint
 from megatrain.service.tinker.access import Json, Reader, TheHub, Trainer, address_of
 from megatrain.service.tinker.shown import time_of
+from megatrain.service.tinker.told import told
 from megatrain.service.wire.schema import (
     CopyWeightsReply,
     CopyWeightsRequest,
+    Empty,
     ExternalWeightsUrlsReply,
     SetTtlRequest,
 )
@@ -66,7 +68,7 @@ async def _publish(
     return Response(status_code=204)
 
 
-@router.put(_ONE + "/ttl", response_model=None)
+@router.put(_ONE + "/ttl", **told(Empty))
 async def set_ttl(
     run_id: RunId, checkpoint_id: CheckpointId, body: SetTtlRequest, hub: TheHub, who: Trainer
 ) -> Json:

@@ -7,21 +7,23 @@ from fastapi.responses import JSONResponse, Response
 
 from megatrain.errors import NotFoundError
 from megatrain.service.tinker.access import Json, Reader, TheHub
+from megatrain.service.tinker.told import PROTOBUF, told, told_later
 from megatrain.service.wire.schema import (
     CancelFutureRequest,
+    Empty,
     FutureRetrieveRequest,
+    FuturesRetrieveReply,
     FuturesRetrieveRequest,
 )
 from megatrain.service.work.ticket import Result, Ticket
 
 router = APIRouter(tags=["futures"])
 
-PROTOBUF = "application/x-protobuf"
 AT_ONCE_BYTES = 1 << 16
 """A result up to here is sent at once also to who asks for its size first: that saves a request."""
 
 
-@router.post("/retrieve_future", response_model=None)
+@router.post("/retrieve_future", **told_later())
 async def retrieve_future(body: FutureRetrieveRequest, hub: TheHub, who: Reader) -> Response:
     """Return a request's result, or 408 when it is not there in time."""
     try:
@@ -48,7 +50,7 @@ def _try_again(ticket: Ticket) -> Json:
     return {"type": "try_again", "request_id": ticket.id, "queue_state": "active"}
 
 
-@router.post("/retrieve_futures")
+@router.post("/retrieve_futures", **told(FuturesRetrieveReply))
 async def retrieve_futures(body: FuturesRetrieveRequest, hub: TheHub, who: Reader) -> Json:
     """Return which requests of a sampling session were finished since a cursor."""
     session = body.target.sampling_session_id
@@ -64,7 +66,7 @@ async def retrieve_futures(body: FuturesRetrieveRequest, hub: TheHub, who: Reade
         await hub.futures.anything(left)
 
 
-@router.post("/cancel_future")
+@router.post("/cancel_future", **told(Empty))
 async def cancel_future(body: CancelFutureRequest, hub: TheHub, who: Reader) -> Json:
     """Stop a sampling request; a request that is done, or no sample, stays as it is."""
     ticket = await hub.futures.get(who.project, body.request_id)

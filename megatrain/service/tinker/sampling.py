@@ -11,18 +11,23 @@ from megatrain.errors import MegatrainError
 from megatrain.service.auth.principal import Principal
 from megatrain.service.hub import Hub
 from megatrain.service.tinker.access import LARGE_BYTES, Json, Reader, Sampler, TheHub
+from megatrain.service.tinker.told import told
 from megatrain.service.wire.bodies import parse_model, read_body
 from megatrain.service.wire.sampling import to_sample_request
 from megatrain.service.wire.schema import (
+    CreateSamplingSessionReply,
     CreateSamplingSessionRequest,
+    FutureReply,
+    JoinSamplingSessionReply,
     JoinSamplingSessionRequest,
     SampleBody,
+    SamplerReply,
 )
 
 router = APIRouter(tags=["sampling"])
 
 
-@router.post("/create_sampling_session")
+@router.post("/create_sampling_session", **told(CreateSamplingSessionReply))
 async def create_sampling_session(
     body: CreateSamplingSessionRequest, hub: TheHub, who: Sampler
 ) -> Json:
@@ -39,7 +44,7 @@ async def create_sampling_session(
     return {"sampling_session_id": state.record.id, "type": "create_sampling_session"}
 
 
-@router.get("/samplers/{sampler_id}")
+@router.get("/samplers/{sampler_id}", **told(SamplerReply))
 async def get_sampler(sampler_id: str, hub: TheHub, who: Reader) -> Json:
     """Return what a sampling session samples from."""
     _, state = hub.intake.sampler(who.project, sampler_id)
@@ -49,7 +54,7 @@ async def get_sampler(sampler_id: str, hub: TheHub, who: Reader) -> Json:
     return said
 
 
-@router.post("/join_sampling_session")
+@router.post("/join_sampling_session", **told(JoinSamplingSessionReply))
 async def join_sampling_session(
     body: JoinSamplingSessionRequest, hub: TheHub, who: Sampler
 ) -> Json:
@@ -59,7 +64,7 @@ async def join_sampling_session(
     return {"client_counter": state.clones}
 
 
-@router.post("/asample", response_model=None)
+@router.post("/asample", **told(FutureReply))
 async def asample(request: Request, hub: TheHub, who: Sampler) -> Any:
     """Draw sequences after a prompt."""
     hub.check_ready()

@@ -13,12 +13,15 @@ from megatrain.service.deployment import Deployment
 from megatrain.service.hub import Hub
 from megatrain.service.intake import new_run
 from megatrain.service.tinker.access import LARGE_BYTES, Json, Reader, TheHub, Trainer
+from megatrain.service.tinker.told import told
 from megatrain.service.wire.bodies import parse_json, read_body
 from megatrain.service.wire.check import check_pass
 from megatrain.service.wire.passes import decode_pass, json_to_pass
 from megatrain.service.wire.schema import (
     CreateCustomLossRequest,
     CreateModelRequest,
+    FutureReply,
+    GetInfoReply,
     GetInfoRequest,
     LoadWeightsRequest,
     OptimStepRequest,
@@ -46,7 +49,7 @@ def packed(content: Json) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
 
 
-@router.post("/create_model")
+@router.post("/create_model", **told(FutureReply))
 async def create_model(body: CreateModelRequest, hub: TheHub, who: Trainer) -> Json:
     """Make a new adapter on a base model."""
     hub.check_ready()
@@ -106,7 +109,7 @@ async def _create(
     return ticket
 
 
-@router.post("/get_info")
+@router.post("/get_info", **told(GetInfoReply))
 async def get_info(body: GetInfoRequest, hub: TheHub, who: Reader) -> Json:
     """Return what a model is."""
     deployment, run = hub.intake.run(who.project, body.model_id)
@@ -123,13 +126,13 @@ async def get_info(body: GetInfoRequest, hub: TheHub, who: Reader) -> Json:
     }
 
 
-@router.post("/forward_backward")
+@router.post("/forward_backward", **told(FutureReply))
 async def forward_backward(request: Request, hub: TheHub, who: Trainer) -> Json:
     """Add the gradients of a batch, or only look (forward_only)."""
     return await _pass(request, hub, who, forward_only=False)
 
 
-@router.post("/forward")
+@router.post("/forward", **told(FutureReply))
 async def forward(request: Request, hub: TheHub, who: Trainer) -> Json:
     """Return log-probabilities and loss of a batch, as older clients ask for them."""
     return await _pass(request, hub, who, forward_only=True)
@@ -166,7 +169,7 @@ async def _pass(request: Request, hub: Hub, who: Principal, *, forward_only: boo
     return accepted(ticket)
 
 
-@router.post("/optim_step")
+@router.post("/optim_step", **told(FutureReply))
 async def optim_step(body: OptimStepRequest, hub: TheHub, who: Trainer) -> Json:
     """Let the optimizer change the model."""
     hub.check_ready()
@@ -181,13 +184,13 @@ async def optim_step(body: OptimStepRequest, hub: TheHub, who: Trainer) -> Json:
     return accepted(await hub.intake.train(who, "optim_step", run.id, seq, content, payload))
 
 
-@router.post("/save_weights")
+@router.post("/save_weights", **told(FutureReply))
 async def save_weights(body: SaveWeightsRequest, hub: TheHub, who: Trainer) -> Json:
     """Save all that training needs to go on."""
     return await _file(body, "save_weights", hub, who)
 
 
-@router.post("/save_weights_external")
+@router.post("/save_weights_external", **told(FutureReply))
 async def save_weights_external(
     body: SaveWeightsExternalRequest, hub: TheHub, who: Trainer
 ) -> Json:
@@ -195,7 +198,7 @@ async def save_weights_external(
     return await _file(body, "save_weights_external", hub, who)
 
 
-@router.post("/save_weights_for_sampler")
+@router.post("/save_weights_for_sampler", **told(FutureReply))
 async def save_weights_for_sampler(
     body: SaveWeightsForSamplerRequest, hub: TheHub, who: Trainer
 ) -> Json:
@@ -222,7 +225,7 @@ async def _file(body: Any, kind: str, hub: Hub, who: Principal) -> Json:
     return accepted(await hub.intake.train(who, kind, body.model_id, seq, content, payload))
 
 
-@router.post("/load_weights")
+@router.post("/load_weights", **told(FutureReply))
 async def load_weights(body: LoadWeightsRequest, hub: TheHub, who: Trainer) -> Json:
     """Load a checkpoint: into a model, or as a new one."""
     hub.check_ready()
@@ -270,7 +273,7 @@ async def _create_from(body: LoadWeightsRequest, content: Json, hub: Hub, who: P
     return await _create(hub, who, deployment, record, "load_weights", content, refused)
 
 
-@router.post("/unload_model")
+@router.post("/unload_model", **told(FutureReply))
 async def unload_model(body: UnloadModelRequest, hub: TheHub, who: Trainer) -> Json:
     """Give a model back, as older clients do: with a number, or after all others."""
     hub.check_ready()

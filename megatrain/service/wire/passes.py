@@ -183,22 +183,6 @@ def encode_pass_result(result: PassResult) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def pass_result_to_json(result: PassResult) -> dict[str, Any]:
-    """Return a result as JSON has it."""
-    outputs = [
-        {
-            name: {"data": each.ravel().tolist(), "dtype": "float32", "shape": list(each.shape)}
-            for name, each in output.items()
-        }
-        for output in result.outputs
-    ]
-    return {
-        "loss_fn_output_type": result.output_type,
-        "loss_fn_outputs": outputs,
-        "metrics": dict(result.metrics),
-    }
-
-
 def _records(result: PassResult) -> Iterator[wire.ArrayRecord]:
     # What a record holds differs in its first dimension alone.
     for _, outputs in groupby(result.outputs, key=_layout):

@@ -8,6 +8,7 @@ from megatrain.service.wire.schema.admin import UsageEvent as UsageEvent
 from megatrain.service.wire.schema.admin import UsageOfKind as UsageOfKind
 from megatrain.service.wire.schema.admin import UsageReply as UsageReply
 from megatrain.service.wire.schema.admin import UsageSession as UsageSession
+from megatrain.service.wire.schema.base import Empty as Empty
 from megatrain.service.wire.schema.checkpoints import Checkpoint as Checkpoint
 from megatrain.service.wire.schema.checkpoints import CheckpointsReply as CheckpointsReply
 from megatrain.service.wire.schema.checkpoints import Cursor as Cursor
@@ -17,7 +18,6 @@ from megatrain.service.wire.schema.checkpoints import (
 from megatrain.service.wire.schema.checkpoints import SetTtlRequest as SetTtlRequest
 from megatrain.service.wire.schema.checkpoints import TrainingRun as TrainingRun
 from megatrain.service.wire.schema.checkpoints import TrainingRunsReply as TrainingRunsReply
-from megatrain.service.wire.schema.client import AuthTokenReply as AuthTokenReply
 from megatrain.service.wire.schema.client import CapabilitiesReply as CapabilitiesReply
 from megatrain.service.wire.schema.client import ClientConfigReply as ClientConfigReply
 from megatrain.service.wire.schema.client import ClientConfigRequest as ClientConfigRequest

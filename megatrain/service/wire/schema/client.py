@@ -47,12 +47,6 @@ class ClientDynamicConfigReply(Reply):
     sample_cancel_max_batch_size: int = Field(default=64, ge=1, le=1024)
 
 
-class AuthTokenReply(Reply):
-    """POST auth/token."""
-
-    jwt: str
-
-
 class OrgDetails(Reply):
     """The organization of a key: here, its project."""
 

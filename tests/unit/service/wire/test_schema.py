@@ -10,7 +10,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from tinker import types as theirs
 from tinker.types import (
     audit_log_response,
-    auth_token_response,
     checkpoints_list_response,
     client_config_response,
     client_dynamic_config_response,
@@ -77,7 +76,6 @@ REPLIES: list[tuple[Reply, Any]] = [
         schema.ClientDynamicConfigReply(),
         client_dynamic_config_response.ClientDynamicConfigResponse,
     ),
-    (schema.AuthTokenReply(jwt="x"), auth_token_response.AuthTokenResponse),
     (schema.HealthReply(), health_response.HealthResponse),
     (
         schema.CapabilitiesReply(supported_models=[schema.SupportedModel(model_name="base")]),
