@@ -209,6 +209,11 @@ class Deployment:
         self._audits.add(task)
         task.add_done_callback(self._audits.discard)
 
+    def sessions(self) -> set[str]:
+        """Return the sessions that have a run or a sampler here."""
+        runs_of = {run.record.session for run in self.scheduler.runs.values()}
+        return runs_of | {state.record.session for state in self.samplers.values()}
+
     def close_runs(self, session: str) -> None:
         """Take no more requests of a session that is over, and start none of those that wait."""
         for run in self._runs_of(session):
@@ -223,12 +228,7 @@ class Deployment:
 
         Its runs are closed, and what waited for them has a result.
         """
-        for key, state in list(self.samplers.items()):
-            if state.record.session == session:
-                del self.samplers[key]
-                self._futures.forget_sampler(key)
-                if state.version is not None and not state.version.is_owned:
-                    self.publisher.versions.release(state.version)
+        self._release_samplers(session)
         for run in self._runs_of(session):
             while run.in_flight:
                 await asyncio.sleep(0.05)
@@ -241,6 +241,15 @@ class Deployment:
                 level = logging.DEBUG if run.record.is_lora else logging.ERROR
                 logger.log(level, "run %s could not be let go: %s", run.id, error.message)
             await self._store.write(runs.set_state(run.id, "released"))
+        self._release_samplers(session)  # a save that was running has made another
+
+    def _release_samplers(self, session: str) -> None:
+        for key, state in list(self.samplers.items()):
+            if state.record.session == session:
+                del self.samplers[key]
+                self._futures.forget_sampler(key)
+                if state.version is not None and not state.version.is_owned:
+                    self.publisher.versions.release(state.version)
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what runs, and start nothing more."""

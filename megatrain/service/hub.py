@@ -73,8 +73,16 @@ class Hub:
         await restore(self)
         for deployment in self.deployments.values():
             deployment.work()
+        await self._end_what_is_over()
         self._tasks.append(asyncio.ensure_future(self._look_after()))
         self.is_ready = True
+
+    async def _end_what_is_over(self) -> None:
+        """Release what was taken up of sessions that have ended meanwhile."""
+        left = {each for deployment in self.deployments.values() for each in deployment.sessions()}
+        for session in left:
+            if not self.sessions.is_alive(session):
+                await self.session_over(session)
 
     def _deployment(self, served: ServedModel) -> Deployment:
         folder = self.folder / "models" / served.name.replace("/", "--")

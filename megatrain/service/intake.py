@@ -18,10 +18,8 @@ from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_queue import RunQueue
 from megatrain.service.work.run_state import RunState, adapter_name
 from megatrain.service.work.sampling import SamplerState
-from megatrain.service.work.ticket import Result, Ticket, text_of
+from megatrain.service.work.ticket import REFUSED, Result, Ticket, text_of
 
-REFUSED = b"\0"
-"""How a refusal begins among payloads: neither JSON nor a protobuf message does."""
 MAY_FOLLOW_AT_ONCE = frozenset({"forward_backward", "optim_step"})
 """What ranks redo in order after a loss."""
 
@@ -140,23 +138,30 @@ class Intake:
 
         Raises BusyError where that is used up, or too much waits.
         """
+        if not ticket.tokens:
+            return await self._futures.accept(ticket)
         self._futures.check_room(ticket.project)
         is_refused = isinstance(ticket.content, MegatrainError)
-        charge = await self._auth.spend(principal, 0 if is_refused else ticket.tokens)
-        ticket.charge = charge
+        ticket.charge = await self._auth.spend(principal, 0 if is_refused else ticket.tokens)
         try:
             accepted = await self._futures.accept(ticket)
-        except MegatrainError:
-            self._auth.settle(charge, 0)
-            raise
         except IntegrityError:  # it came, and was finished, while the day's count was read
+            self._uncharge(ticket)
             before = await self._futures.known(ticket.project, ticket.idem)
             if before is None:
                 raise
-            accepted = before
+            return before
+        except Exception:
+            self._uncharge(ticket)
+            raise
         if accepted is not ticket:
-            self._auth.settle(charge, 0)
+            self._uncharge(ticket)
         return accepted
+
+    def _uncharge(self, ticket: Ticket) -> None:
+        charge, ticket.charge = ticket.charge, None
+        if charge is not None:
+            self._auth.settle(charge, 0)
 
     def _is_new(self, project: str, run_id: str, seq: int) -> bool:
         """Tell whether a run's queue has seen no number so great: then the database has it not."""

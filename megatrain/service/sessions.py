@@ -107,5 +107,5 @@ class Sessions:
         self._alive.pop(record.id, None)
         self._seen.pop(record.id, None)
         self._written.pop(record.id, None)
-        await self._store.write(sessions.finish(record.id, status, detail, time.time()))
+        await self._store.write_surely(sessions.finish(record.id, status, detail, time.time()))
         await asyncio.shield(self._over(record.id))

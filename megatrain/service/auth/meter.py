@@ -33,6 +33,11 @@ class Charge:
     tokens: int
 
 
+def charge_of(when: float, project: str, key_id: int, tokens: int) -> Charge:
+    """Return what a request was counted as that came at a time."""
+    return Charge((time.strftime("%Y-%m-%d", time.gmtime(when)), project, key_id), tokens)
+
+
 class Meter:
     """What projects use."""
 
@@ -48,10 +53,9 @@ class Meter:
 
     async def spend(self, who: Principal, tokens: int) -> Charge:
         """Count a request.  Raises BusyError where a project's tokens of the day are used up."""
-        day = time.strftime("%Y-%m-%d", time.gmtime())
-        if self._limit is not None:
-            await self._check(who.project, day, tokens, self._limit)
-        charge = Charge((day, who.project, who.key_id), tokens)
+        charge = charge_of(time.time(), who.project, who.key_id, tokens)
+        if tokens and self._limit is not None:
+            await self._check(who.project, charge.who[0], tokens, self._limit)
         self._tokens[charge.who] += tokens
         self._requests[charge.who] += 1
         self._flush_soon()

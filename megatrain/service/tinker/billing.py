@@ -62,7 +62,10 @@ async def usage_events(
 
 def _in_utc(when: datetime) -> datetime:
     """Return a full hour in UTC; a time without a zone is meant so.  Raises DataError."""
-    found = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    try:
+        found = when.replace(tzinfo=UTC) if when.tzinfo is None else when.astimezone(UTC)
+    except OverflowError:
+        raise DataError(f"there is no such time in UTC: {when.isoformat()}") from None
     if (found.minute, found.second, found.microsecond) != (0, 0, 0):
         raise DataError(f"usage is counted by full hours, UTC: {when.isoformat()}")
     return found

@@ -12,13 +12,14 @@ from typing import Any
 
 from megatrain.config.service import Limits
 from megatrain.errors import MegatrainError, NotFoundError
+from megatrain.service.auth.meter import charge_of
 from megatrain.service.observe.note import about
 from megatrain.service.observe.series import RequestSeries
 from megatrain.service.store import requests
 from megatrain.service.store.records import Request
 from megatrain.service.store.store import Change, Store
 from megatrain.service.work.ledger import Ledger
-from megatrain.service.work.ticket import Result, ResultKind, Ticket, busy
+from megatrain.service.work.ticket import REFUSED, Result, ResultKind, Ticket, busy
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,8 @@ class Futures:
         """Return the ticket of a request that an earlier process accepted and did not finish."""
         ticket = ticket_of(record)
         ticket.content = content
+        if not record.payload.startswith(REFUSED):
+            ticket.charge = charge_of(record.created, record.project, record.key_id, record.tokens)
         self._add(ticket)
         return ticket
 

@@ -13,8 +13,9 @@ class Ledger:
 
     def settle(self, ticket: Ticket, *, failed: bool) -> None:
         """Count what a request has used, while its content is there; nothing if it has failed."""
-        if ticket.charge is not None:
-            self._auth.settle(ticket.charge, 0 if failed else ticket.tokens)
+        charge, ticket.charge = ticket.charge, None
+        if charge is not None:
+            self._auth.settle(charge, 0 if failed else ticket.tokens)
         if failed or not ticket.tokens:
             return
         kinds = {"training": ticket.tokens}

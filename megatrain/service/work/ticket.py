@@ -20,6 +20,8 @@ from megatrain.service.auth.meter import Charge
 from megatrain.service.observe.note import Note, current
 from megatrain.service.observe.timing import Timing
 
+REFUSED = b"\0"
+"""How a refusal begins among payloads: neither JSON nor a protobuf message does."""
 ResultKind = Literal["json", "proto"]
 Category = Literal["user", "server", "unknown"]
 

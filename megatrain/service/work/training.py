@@ -22,6 +22,7 @@ from megatrain.service.store import runs
 from megatrain.service.store.store import Change
 from megatrain.service.wire.batch import from_output, to_batch
 from megatrain.service.wire.passes import encode_pass_result
+from megatrain.service.wire.types import PassRequest
 from megatrain.service.work.futures import Futures
 from megatrain.service.work.run_state import RunState
 from megatrain.service.work.scheduler import PASSES, Member, is_shared, tag_of
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 MANY_TOKENS = 1 << 15
 """Results from here on are encoded in a thread: they take more than a millisecond."""
 
+Batch = tuple[str, PassRequest]
+"""Of one adapter.  It is held here while a pass runs: a ticket that has a result lets it go."""
 Operation = Callable[[RunState, Ticket], Awaitable[tuple[Result, Sequence[Change]]]]
 """Does a request that is no pass; returns its result and what is committed with it."""
 
@@ -49,11 +52,19 @@ class Training:
 
     async def start(self, members: Sequence[Member]) -> None:
         """Do a pass of several runs, or one operation, and finish its requests."""
+        # A session that ended has given its requests their results, and content they have no more.
+        left = [(run, ticket) for run, ticket in members if ticket.result is None]
+        if not left:
+            self._fleet.confirm(members[0][1].tag)
+            return
         try:
-            await self._start(members)
+            await self._start(left)
         except Exception as error:  # noqa: BLE001 - every request gets a result, or has it
             for run, ticket in members:
-                await self._failed(run, ticket, error)
+                try:
+                    await self._failed(run, ticket, error)
+                except Exception:
+                    logger.exception("%s of %s is left without a result", ticket.kind, run.id)
 
     async def _start(self, members: Sequence[Member]) -> None:
         run, ticket = members[0]
@@ -86,6 +97,10 @@ class Training:
         self._fleet.confirm(ticket.tag or ticket.id)  # the tag of its command
 
     async def _pass(self, members: Sequence[Member]) -> None:
+        members = [(run, ticket) for run, ticket in members if ticket.result is None]
+        if not members:
+            return
+        batches = [(run.adapter, ticket.content) for run, ticket in members]
         train = members[0][1].kind == "forward_backward"
         shared = is_shared(members)
         tag = members[0][1].tag or (tag_of(members) if train else "")
@@ -97,7 +112,7 @@ class Training:
         began = time.monotonic()
         try:
             with charged_to(spent):
-                values = await self._fleet.submit(lambda: _command(members, train, tag), tag)
+                values = await self._fleet.submit(lambda: _command(batches, train, tag), tag)
         except Exception as error:  # noqa: BLE001 - every request gets a result
             if not shared or not isinstance(error, MegatrainError):
                 for run, ticket in members:
@@ -106,18 +121,25 @@ class Training:
                 await self._each_alone(members)
         else:
             seconds = time.monotonic() - began
-            self._count(members, seconds, spent.ranks_s)
-            await asyncio.gather(*(self._passed(m, values, seconds) for m in members))
+            self._count(members, batches, seconds, spent.ranks_s)
+            await asyncio.gather(
+                *(
+                    self._passed(member, content, values, seconds)
+                    for member, (_, content) in zip(members, batches, strict=True)
+                )
+            )
         if tag:
             self._fleet.confirm(tag)
 
-    def _count(self, members: Sequence[Member], seconds: float, ranks_s: float) -> None:
+    def _count(
+        self, members: Sequence[Member], batches: Sequence[Batch], seconds: float, ranks_s: float
+    ) -> None:
         for _, ticket in members:
             ticket.timing.replied = time.monotonic()
         self.series.passed(
             members[0][1].kind,
             runs=len(members),
-            data=sum(len(ticket.content.data) for _, ticket in members),
+            data=sum(len(content.data) for _, content in batches),
             tokens=sum(ticket.tokens for _, ticket in members),
             seconds=seconds,
             ranks_s=ranks_s,
@@ -129,26 +151,28 @@ class Training:
             ticket.tag = ""
             await self._pass([(run, ticket)])
 
-    async def _passed(self, member: Member, values: dict[str, object], seconds: float) -> None:
+    async def _passed(
+        self, member: Member, content: PassRequest, values: dict[str, object], seconds: float
+    ) -> None:
         run, ticket = member
-        output = values[run.adapter]
-        if isinstance(output, Failure):
-            await self._failed(run, ticket, error_of(output))
+        if ticket.result is not None:  # its session has ended
             return
-        assert isinstance(output, StepOutput)
         try:
-            result = from_output(ticket.content, output)
+            output = values[run.adapter]
+            if isinstance(output, Failure):
+                raise error_of(output)
+            assert isinstance(output, StepOutput)
+            result = from_output(content, output)
+            loss = result.metrics.get("loss:sum", 0.0)
+            run.end_pass(ticket.id, tokens=ticket.tokens, loss=loss, seconds=seconds)
+            self.trained_tokens += ticket.tokens
+            if ticket.tokens >= MANY_TOKENS:
+                data = await asyncio.to_thread(encode_pass_result, result)
+            else:
+                data = encode_pass_result(result)
+            await self._finish(run, ticket, Result(data, "proto"), is_held=bool(ticket.tag))
         except Exception as error:  # noqa: BLE001 - others of this pass have results of their own
             await self._failed(run, ticket, error)
-            return
-        loss = result.metrics.get("loss:sum", 0.0)
-        run.end_pass(ticket.id, tokens=ticket.tokens, loss=loss, seconds=seconds)
-        self.trained_tokens += ticket.tokens
-        if ticket.tokens >= MANY_TOKENS:
-            data = await asyncio.to_thread(encode_pass_result, result)
-        else:
-            data = encode_pass_result(result)
-        await self._finish(run, ticket, Result(data, "proto"), is_held=bool(ticket.tag))
 
     async def _failed(self, run: RunState, ticket: Ticket, error: BaseException) -> None:
         if is_shutdown(self._fleet, error):
@@ -196,8 +220,8 @@ def is_first(ticket: Ticket) -> bool:
     return ticket.seq == 0 and ticket.kind in ("create_model", "load_weights")
 
 
-def _command(members: Sequence[Member], train: bool, tag: str) -> Command:
-    batches = [to_batch(ticket.content, run.adapter) for run, ticket in members]
+def _command(batches: Sequence[Batch], train: bool, tag: str) -> Command:
+    made = [to_batch(content, adapter) for adapter, content in batches]
     if train:
-        return ForwardBackwardMany(batches=batches, tag=tag)
-    return ForwardMany(batches=batches)
+        return ForwardBackwardMany(batches=made, tag=tag)
+    return ForwardMany(batches=made)

@@ -179,12 +179,12 @@ def test_a_result_that_cannot_be_kept_makes_room_for_an_error(during):
 def test_what_was_counted_and_not_used_is_given_back(during, failed):
     async def test(store: SlowStore, futures: Futures, accepted: Ticket) -> None:
         AUTH.__init__()
-        accepted.charge = Charge(("2026-01-01", "p", 1), 50)
+        accepted.charge = charge = Charge(("2026-01-01", "p", 1), 50)
         accepted.tokens = 20
         store.may_commit.set()
         await futures.finish(accepted, Result(b"", failed=failed))
         await futures.finish(accepted, RESULT)
-        assert AUTH.settled == [(accepted.charge, 0 if failed else 20)]
+        assert AUTH.settled == [(charge, 0 if failed else 20)]
         assert AUTH.used == ([] if failed else [{"training": 20}])
 
     during(test)
