@@ -19,6 +19,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.sampler.transformers_sampler import TransformersSampler
 from megatrain.sampler.types import SampleResult
 from tests.fixtures.sampling_checks import (
+    assert_prompt_scored,
     check_distribution,
     check_draws,
     check_text_that_spans_tokens,
@@ -134,22 +135,7 @@ def test_the_prompt_is_scored(setting: Setting) -> None:
         temperature=0.5,
     )  # fmt: skip
     long, brief = setting.sample(asked, short)
-    logprobs = logits_of(setting.truth("a"), PROMPT)[:-1].log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
-    assert long.prompt_logprobs is not None
-    assert np.isnan(long.prompt_logprobs[:6]).all()
-    assert_close(long.prompt_logprobs[6:], own[5:])
-    assert long.prompt_topk is not None
-    assert (long.prompt_topk.tokens[:6] == 0).all()
-    assert_close(long.prompt_topk.logprobs[6:], logprobs.topk(2).values[5:])
-    wanted = logprobs.gather(1, torch.tensor(targets).clamp(min=0))
-    assert long.target_prompt_logprobs is not None
-    assert_close(long.target_prompt_logprobs, wanted.masked_fill(torch.tensor(targets) < 0, np.nan))
-    logits = logits_of(setting.truth("a"), PROMPT)[:-1] / 0.5
-    assert long.prompt_alt_tokens is not None
-    assert long.prompt_alt_logprobs is not None
-    alts = logits.log_softmax(-1).gather(1, torch.tensor(long.prompt_alt_tokens).long())
-    assert_close(long.prompt_alt_logprobs, alts)
+    assert_prompt_scored(setting, "a", long, targets)
     own = logits_of(setting.truth("b"), PROMPT[:4])[:-1].log_softmax(-1)
     assert brief.prompt_logprobs is not None
     assert np.isnan(brief.prompt_logprobs[0])

@@ -18,6 +18,7 @@ from megatrain.errors import ConfigError, DataError
 from megatrain.sampler.types import SampleResult
 from megatrain.sampler.vllm.sampler import VllmSampler
 from tests.fixtures.sampling_checks import (
+    assert_prompt_scored,
     check_distribution,
     check_draws,
     check_text_that_spans_tokens,
@@ -119,24 +120,7 @@ def test_the_prompt_is_scored_in_every_way(
     assert setting.sampler.status().more["scores_prompts"]  # the plug-in is there
     (found,) = setting.sample(asked)
     assert len(found.sequences) == num_samples
-    logprobs = logits_of(setting.truth(name), PROMPT)[:-1].log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
-    assert found.prompt_logprobs is not None
-    assert np.isnan(found.prompt_logprobs[:6]).all()
-    assert_close(found.prompt_logprobs[6:], own[5:])
-    assert found.prompt_topk is not None
-    assert (found.prompt_topk.tokens[:6] == 0).all()
-    assert_close(found.prompt_topk.logprobs[6:], logprobs.topk(2).values[5:])
-    wanted = logprobs.gather(1, torch.tensor(targets).clamp(min=0))
-    assert found.target_prompt_logprobs is not None
-    assert_close(
-        found.target_prompt_logprobs, wanted.masked_fill(torch.tensor(targets) < 0, np.nan)
-    )
-    logits = logits_of(setting.truth(name), PROMPT)[:-1] / 0.5
-    assert found.prompt_alt_tokens is not None
-    assert found.prompt_alt_logprobs is not None
-    alts = logits.log_softmax(-1).gather(1, torch.tensor(found.prompt_alt_tokens).long())
-    assert_close(found.prompt_alt_logprobs, alts)
+    assert_prompt_scored(setting, name, found, targets)
 
 
 def test_a_text_that_spans_tokens_ends_a_sequence_and_stays_in_it(

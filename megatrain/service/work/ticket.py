@@ -81,7 +81,7 @@ class Ticket:
     tokens: int = 0
     """What it costs, in tokens: of a sample the most that it may, until it is drawn."""
     charge: Charge | None = None
-    """What it was counted as by this process."""
+    """What it was counted as, until that is settled."""
     base_model: str = ""
     created: float = field(default_factory=time.time)
     reply: dict[str, Any] = field(default_factory=dict)
